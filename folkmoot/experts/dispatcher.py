@@ -1,0 +1,506 @@
+"""The dispatcher: sends each row of a MoE layer to a host that holds its expert, and combines what comes back.
+
+It lives in the process that runs the model. `Dispatcher.forward` is the whole of a layer's routed experts:
+
+1. route: a replica for each expert with rows, balanced over hosts (`fm_route` in hop.c);
+2. pack each host's rows into its link, post to all;
+3. run the shared experts while the rows are away;
+4. wait; a host that dies, stalls or answers wrongly is dropped, and its rows go back to step 1;
+5. combine the rows in slot order.
+
+Since a host returns one unweighted row for each (token, expert) pair and the sum is always in slot order, the result
+does not depend on which replica served which pair. With combine="sum" hosts return weighted sums instead: fewer
+bytes come back, and this guarantee is given up.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from folkmoot.experts import links, native, wire
+from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
+from folkmoot.experts.feed import MapFeed, read_map
+from folkmoot.experts.links import Link, LinkError
+from folkmoot.experts.node import node_id
+from folkmoot.experts.wire import Header, Hello
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = "FOLKMOOT_DISPATCH"
+REPORT_EVERY_S = 1.0
+
+
+class DispatchError(RuntimeError):
+    """The dispatcher was configured or called wrongly."""
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """How an engine reaches its experts. Exactly one of `feed` and `map_path` is set."""
+
+    engine: str
+    feed: str | None = None
+    """unix socket that serves expert maps (feed.py)"""
+    map_path: str | None = None
+    """file with one expert map that never changes"""
+    transport: str = "auto"
+    """"auto", "shm" or "tcp" """
+    combine: str = "rows"
+    """"rows": one unweighted row a pair, exact under any placement; "sum": hosts return weighted sums"""
+    call_timeout_s: float = 10.0
+    """a host that has not answered a request by then counts as stalled"""
+    no_replica_timeout_s: float = 60.0
+    """how long a layer waits for a new map when an expert has no live replica"""
+    connect_timeout_s: float = 5.0
+    yield_us: int = 40
+    """how long to yield the core before blocking; never spins"""
+    max_tokens: int = 2048
+    """a layer call with more tokens is split, so that a link's areas stay bounded"""
+    expert_cost: int = 16
+    """what visiting one more expert costs a host, in rows: its weights have to be read"""
+
+    @staticmethod
+    def from_json(text: str) -> "DispatchConfig":
+        """Parse and check. Raises DispatchError naming what is wrong."""
+        try:
+            raw = json.loads(text)
+            unknown = set(raw) - {f.name for f in fields(DispatchConfig)}
+            if unknown:
+                raise DispatchError(f"{ENVIRONMENT}: unknown keys {sorted(unknown)}")
+            config = DispatchConfig(**raw)
+        except (TypeError, ValueError) as e:
+            raise DispatchError(f"{ENVIRONMENT} is not a dispatch configuration: {e}") from e
+        if (config.feed is None) == (config.map_path is None):
+            raise DispatchError(f"{ENVIRONMENT}: exactly one of feed and map_path must be set")
+        if config.transport not in ("auto", "shm", "tcp"):
+            raise DispatchError(f"{ENVIRONMENT}: transport must be auto, shm or tcp, not {config.transport!r}")
+        if config.combine not in ("rows", "sum"):
+            raise DispatchError(f"{ENVIRONMENT}: combine must be rows or sum, not {config.combine!r}")
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all calls of one dispatcher have in common."""
+
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """"bfloat16", "float32" or "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """A map made ready for use: links by index, and for each layer an int32 table [experts, replicas, 2] of
+    (link index, slot), where link index -1 means none."""
+
+    expert_map: ExpertMap
+    links: tuple[Link, ...]
+    tables: dict[int, np.ndarray]
+
+
+def routes_of(expert_map: ExpertMap, live: dict[str, Link]) -> Routes:
+    """Pure: the tables of `expert_map` restricted to hosts with a live link."""
+    index = {host: i for i, host in enumerate(live)}
+    tables = {}
+    for n, experts in expert_map.layers.items():
+        kept = [[(index[r.host], r.slot) for r in replicas if r.host in index] for replicas in experts]
+        table = np.full((len(experts), max(1, *map(len, kept)), 2), -1, np.int32)
+        for e, replicas in enumerate(kept):
+            for i, (link, slot) in enumerate(replicas):
+                table[e, i] = (link, slot)
+        tables[n] = table
+    return Routes(expert_map, tuple(live.values()), tables)
+
+
+class Dispatcher:
+    """Serves one forward pass at a time; maps may arrive meanwhile from the feed's thread."""
+
+    def __init__(self, config: DispatchConfig) -> None:
+        self.config = config
+        self.incarnation = time.time_ns()
+        self.rows_served: dict[str, int] = {}
+        self._shape: Shape | None = None
+        self._itemsize = 0
+        self._seqs: dict[int, int] = {}
+        self._changed = threading.Condition()
+        self._dead: set[tuple[str, int]] = set()
+        self._retired: list[Link] = []
+        self._latest: ExpertMap | None = None
+        self._routes: Routes | None = None
+        self._served: dict[int, np.ndarray] = {}
+        self._reported_at = time.monotonic()
+        self._feed: MapFeed | None = None
+        if config.map_path is not None:
+            self.use_map(read_map(config.map_path))
+        elif config.feed is not None:
+            self._feed = MapFeed(config.feed, self.use_map)
+
+    @staticmethod
+    def from_env() -> "Dispatcher":
+        """Build from the environment variable FOLKMOOT_DISPATCH. Raises DispatchError."""
+        if ENVIRONMENT not in os.environ:
+            raise DispatchError(f"{ENVIRONMENT} is not set")
+        return Dispatcher(DispatchConfig.from_json(os.environ[ENVIRONMENT]))
+
+    def use_map(self, expert_map: ExpertMap) -> None:
+        """Adopt a newer map: connect to its new hosts, drop the links of those that left. Any thread may call."""
+        with self._changed:
+            if self._latest is not None and expert_map.version < self._latest.version:
+                return
+            self._latest = expert_map
+            self._dead &= {(a.host, a.incarnation) for a in expert_map.hosts.values()}
+            if self._shape is not None:
+                self._adopt(expert_map, self._shape)
+            self._changed.notify_all()
+
+    def expert_rows(self) -> dict[int, list[int]]:
+        """Rows that each logical expert has had so far, by layer."""
+        return {n: counts.tolist() for n, counts in self._served.items()}
+
+    def close(self) -> None:
+        """Close all links and the feed."""
+        if self._feed is not None:
+            self._feed.close()
+        with self._changed:
+            for link in (*self._retired, *(self._routes.links if self._routes else ())):
+                link.close()
+            self._routes = None
+
+    def forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Routed experts of one layer: x [tokens, hidden], topk_weights and topk_ids [tokens, k].
+
+        Returns (routed [tokens, hidden] in x's dtype and device, shared() or None). `shared` runs once, while rows
+        are away. Raises NoReplicaError when an expert had no live replica for config.no_replica_timeout_s.
+        """
+        if x.shape[0] > self.config.max_tokens:
+            return self._forward_split(layer, x, topk_weights, topk_ids, shared)
+        shape = Shape(x.shape[1], topk_ids.shape[1], x.dtype)
+        if shape != self._shape:
+            self._set_shape(shape)
+        call = _Call(self, layer, x, topk_weights, topk_ids)
+        shared_out = None
+        posted = call.post()
+        if shared is not None:
+            shared_out = shared()
+        while posted:
+            call.collect(posted)
+            posted = call.post()
+        self._report()
+        return call.combine(), shared_out
+
+    def _forward_split(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size = self.config.max_tokens
+        parts = zip(x.split(size), topk_weights.split(size), topk_ids.split(size), strict=True)
+        routed = torch.cat([self.forward(layer, *part)[0] for part in parts])
+        return routed, shared() if shared is not None else None
+
+    def routes_for(self, layer: int, version: int | None) -> Routes:
+        """The routes in use; with `version`, only once there are newer ones than that. Raises NoReplicaError late."""
+        deadline = time.monotonic() + self.config.no_replica_timeout_s
+        with self._changed:
+            while self._routes is None or (version is not None and self._routes.expert_map.version <= version):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DispatchError(f"layer {layer}: no new expert map within {self.config.no_replica_timeout_s} s")
+                self._changed.wait(left)
+            while self._retired:
+                self._retired.pop().close()
+            return self._routes
+
+    def fail(self, link: Link, reason: str) -> None:
+        """Drop a host: close its link, route without it, and tell the router."""
+        address = link.address
+        log.warning("expert host %s (incarnation %d) dropped: %s", address.host, address.incarnation, reason)
+        link.close()
+        with self._changed:
+            self._dead.add((address.host, address.incarnation))
+            if self._routes is not None:
+                live = {a.address.host: a for a in self._routes.links if a is not link}
+                self._routes = routes_of(self._routes.expert_map, live)
+        self._send_dead(address, reason)
+
+    def header(self, link: Link, layer: int, flags: int, rows: int, pairs: int, size: int, version: int) -> Header:
+        """The header of the next request on a link."""
+        seq = self._seqs[id(link)] = self._seqs.get(id(link), 0) + 1
+        return Header(
+            wire.REQUEST, flags, seq, version, self.incarnation, link.address.incarnation, layer, rows, pairs, size
+        )
+
+    def count(self, layer: int, experts: int) -> np.ndarray:
+        """The counters int64 [experts] of rows served in a layer."""
+        if layer not in self._served:
+            self._served[layer] = np.zeros(experts, np.int64)
+        return self._served[layer]
+
+    def _set_shape(self, shape: Shape) -> None:
+        """The first call, or a change of dtype or width: links are made for one shape."""
+        if shape.dtype_name not in native.DTYPES:
+            raise DispatchError(f"dtype {shape.dtype_name} is not one of {sorted(native.DTYPES)}")
+        with self._changed:
+            if self._routes is not None:
+                self._retired += self._routes.links
+                self._routes = None
+            self._shape, self._itemsize = shape, shape.dtype.itemsize
+            if self._latest is not None:
+                self._adopt(self._latest, shape)
+
+    def _adopt(self, expert_map: ExpertMap, shape: Shape) -> None:
+        """Under the lock: links for the map's hosts, kept where the incarnation is the same."""
+        old = {(k.address.host, k.address.incarnation): k for k in (self._routes.links if self._routes else ())}
+        live: dict[str, Link] = {}
+        for address in expert_map.hosts.values():
+            key = (address.host, address.incarnation)
+            if key in self._dead:
+                continue
+            if (link := old.pop(key, None)) is None:
+                link = self._connect(address, shape)
+            if link is not None:
+                live[address.host] = link
+        self._retired += old.values()  # closed by the thread that may be waiting on them
+        self._routes = routes_of(expert_map, live)
+
+    def _connect(self, address: HostAddress, shape: Shape) -> Link | None:
+        transport = links.choose_transport(address, node_id(), self.config.transport)
+        hello = Hello(
+            self.config.engine,
+            self.incarnation,
+            address.host,
+            address.incarnation,
+            transport,
+            shape.hidden,
+            shape.dtype_name,
+            self.config.max_tokens * shape.top_k,
+            shape.top_k,
+        )
+        try:
+            return links.connect(address, hello, self._itemsize, self.config.connect_timeout_s)
+        except LinkError as e:
+            log.warning("%s", e)
+            self._dead.add((address.host, address.incarnation))
+            self._send_dead(address, str(e))
+            return None
+
+    def _send_dead(self, address: HostAddress, reason: str) -> None:
+        if self._feed is not None:
+            self._feed.send(
+                {"event": "host_dead", "host": address.host, "incarnation": address.incarnation, "reason": reason}
+            )
+
+    def _report(self) -> None:
+        if self._feed is not None and time.monotonic() - self._reported_at > REPORT_EVERY_S:
+            self._reported_at = time.monotonic()
+            self._feed.send({"event": "rows", "hosts": dict(self.rows_served)})
+
+
+class _Call:
+    """One layer call: pairs are (token, slot) in row-major order; each ends with the address of its row."""
+
+    def __init__(
+        self, owner: Dispatcher, layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> None:
+        self.owner, self.layer, self.device = owner, layer, x.device
+        self.x = x.to("cpu").contiguous()
+        self.weights = topk_weights.to("cpu", torch.float32).contiguous()
+        self.ids = topk_ids.to("cpu", torch.int32).contiguous()
+        self.tokens, self.k = self.ids.shape
+        self.hidden = self.x.shape[1]
+        self.row_bytes = self.hidden * self.x.element_size()
+        self.sum = owner.config.combine == "sum"
+        n = self.tokens * self.k
+        self.pairs = n
+        # One block for all int32 columns: a fresh numpy array costs more than the routing itself.
+        self.block = np.empty((3, n), np.int32)
+        self.host, self.row, self.slot = (self.block.ctypes.data + i * n * 4 for i in range(3))
+        self.done = np.zeros(n, np.uint8)
+        self.pointers = np.zeros(n, np.uint64)
+        self.kept: list[object] = []  # what the pointers point into
+        self.partial: torch.Tensor | None = None
+        self.routes: Routes | None = None
+        self.rounds = 0
+
+    def post(self) -> list[tuple[int, Link, Header]]:
+        """Route the pairs that are not done, and post them. Empty once all are done."""
+        if not self.pairs or (self.rounds and self.done.all()):
+            return []
+        if self.rounds:
+            self._keep_rows()
+        self.rounds += 1
+        routes, host_rows = self._route()
+        posted = []
+        for index, rows in enumerate(host_rows.tolist()):
+            if rows:
+                link = routes.links[index]
+                posted.append((index, link, self._pack(index, link, rows, routes.expert_map.version)))
+        failed = links.post_all([p[1] for p in posted], [p[2] for p in posted])
+        for link, error in failed:
+            self.owner.fail(link, str(error))
+        gone = [link for link, _ in failed]
+        return [p for p in posted if p[1] not in gone] or self.post()
+
+    def _route(self) -> tuple[Routes, np.ndarray]:
+        """A replica and a row for each pair; waits for a new map while an expert has none."""
+        owner, newer_than = self.owner, None
+        while True:
+            routes = owner.routes_for(self.layer, newer_than)
+            table = routes.tables.get(self.layer)
+            if table is None:
+                raise DispatchError(f"layer {self.layer} is not in expert map version {routes.expert_map.version}")
+            experts, replicas, _ = table.shape
+            hosts = len(routes.links)
+            host_rows, host_cost = np.zeros(hosts, np.int32), np.zeros(hosts, np.int64)
+            scratch = np.empty(2 * experts, np.int32)
+            status = native.route(
+                self.ids.data_ptr(), self.pairs, experts, table.ctypes.data, replicas, hosts,
+                self.done.ctypes.data, owner.config.expert_cost, self.host, self.row, self.slot,
+                host_rows.ctypes.data, host_cost.ctypes.data, owner.count(self.layer, experts).ctypes.data,
+                scratch.ctypes.data,
+            )  # fmt: skip
+            if status == 0:
+                self.routes = routes
+                return routes, host_rows
+            if status == native.OUT_OF_RANGE:
+                raise DispatchError(f"layer {self.layer}: topk_ids outside 0..{experts - 1}")
+            version = routes.expert_map.version
+            log.warning("layer %d, expert %d has no live replica; waiting for a new map", self.layer, -1 - status)
+            try:
+                owner.routes_for(self.layer, version)
+            except DispatchError as e:
+                raise NoReplicaError(self.layer, -1 - status, version) from e
+            newer_than = version
+
+    def _pack(self, index: int, link: Link, rows: int, version: int) -> Header:
+        if self.sum:
+            return self._pack_sum(index, link, version)
+        slots = link.request + wire.align(rows * self.row_bytes)
+        native.pack(
+            self.x.data_ptr(), self.row_bytes, self.pairs, self.k, self.done.ctypes.data, self.host, self.row,
+            self.slot, index, link.request, slots,
+        )  # fmt: skip
+        size = slots + rows * 4 - link.request
+        return self.owner.header(link, self.layer, 0, rows, rows, size, version)
+
+    def _pack_sum(self, index: int, link: Link, version: int) -> Header:
+        """Unique token rows, and for each pair its slot, its token among them and its weight."""
+        pairs = np.flatnonzero((self.block[0] == index) & (self.done == 0))
+        tokens, token_of_pair = np.unique(pairs // self.k, return_inverse=True)
+        parts = (
+            self.x[torch.from_numpy(tokens)],
+            torch.from_numpy(self.block[2][pairs]),
+            torch.from_numpy(token_of_pair.astype(np.int32)),
+            self.weights.view(-1)[torch.from_numpy(pairs)],
+        )
+        at = link.request
+        for part in parts:
+            ctypes_copy(at, part)
+            at = link.request + wire.align(at - link.request + part.nbytes)
+        size = at - link.request
+        return self.owner.header(link, self.layer, wire.FLAG_SUM, len(tokens), len(pairs), size, version)
+
+    def collect(self, posted: list[tuple[int, Link, Header]]) -> None:
+        """Wait for all replies. A host that fails is dropped, and its pairs stay undone."""
+        config = self.owner.config
+        waiters = (native.Waiter * len(posted))()
+        for waiter, (_, link, _) in zip(waiters, posted, strict=True):
+            link.arm(waiter)
+        left = len(posted)
+        deadline = time.monotonic() + config.call_timeout_s
+        handled = [False] * left
+        while left:
+            remaining_us = max(0, int((deadline - time.monotonic()) * 1e6))
+            found = native.wait(waiters, len(posted), config.yield_us, remaining_us)
+            for i, (index, link, header) in enumerate(posted):
+                state = waiters[i].state
+                if handled[i] or (state == native.PENDING and found):
+                    continue
+                handled[i] = True
+                waiters[i].state = native.READY
+                left -= 1
+                if state == native.PENDING:
+                    self.owner.fail(link, f"no answer within {config.call_timeout_s} s")
+                elif state == native.CLOSED:
+                    self.owner.fail(link, "connection closed")
+                else:
+                    self._take(index, link, header)
+
+    def _take(self, index: int, link: Link, sent: Header) -> None:
+        """Check a reply against its request and note where its rows lie."""
+        try:
+            reply = link.receive()
+        except LinkError as e:
+            self.owner.fail(link, str(e))
+            return
+        expected = sent._replace(kind=wire.REPLY, payload_bytes=sent.rows * self.row_bytes)
+        if reply != expected:
+            self.owner.fail(link, f"the reply does not match its request: {reply} instead of {expected}")
+            return
+        served = self.owner.rows_served
+        served[link.address.host] = served.get(link.address.host, 0) + sent.pairs
+        if self.sum:
+            self._add_sum(index, link, sent.rows)
+        native.collect(
+            self.pairs, self.done.ctypes.data, self.host, self.row, index, link.reply, self.row_bytes,
+            self.pointers.ctypes.data,
+        )  # fmt: skip
+
+    def _add_sum(self, index: int, link: Link, rows: int) -> None:
+        pairs = np.flatnonzero((self.block[0] == index) & (self.done == 0))
+        tokens = torch.from_numpy(np.unique(pairs // self.k))
+        if self.partial is None:
+            self.partial = torch.zeros((self.tokens, self.hidden), dtype=torch.float32)
+        back = torch.empty((rows, self.hidden), dtype=self.x.dtype)
+        ctypes.memmove(back.data_ptr(), link.reply, back.nbytes)
+        self.partial.index_add_(0, tokens, back.float())
+
+    def _keep_rows(self) -> None:
+        """Before a second round overwrites the links: copy the rows that have arrived, and point to the copies."""
+        if self.sum:
+            return
+        rows = np.empty((self.pairs, self.row_bytes), np.uint8)
+        for p in np.flatnonzero(self.done).tolist():
+            ctypes.memmove(rows.ctypes.data + p * self.row_bytes, int(self.pointers[p]), self.row_bytes)
+            self.pointers[p] = rows.ctypes.data + p * self.row_bytes
+        self.kept.append(rows)
+
+    def combine(self) -> torch.Tensor:
+        """Sum over a token's pairs in slot order, weighted, in float32, rounded once: [tokens, hidden]."""
+        if self.partial is not None:
+            return self.partial.to(self.x.dtype).to(self.device)
+        out = torch.empty_like(self.x)
+        dtype = native.DTYPES[str(self.x.dtype).removeprefix("torch.")]
+        native.combine(
+            out.data_ptr(), dtype, self.tokens, self.k, self.hidden, self.pointers.ctypes.data, self.weights.data_ptr()
+        )
+        return out.to(self.device)
+
+
+def ctypes_copy(address: int, tensor: torch.Tensor) -> None:
+    """Copy a CPU tensor's bytes to an address."""
+    tensor = tensor.contiguous()
+    ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)

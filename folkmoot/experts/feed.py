@@ -1,0 +1,88 @@
+"""The side channel by which a dispatcher gets new expert maps and tells what it saw.
+
+A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
+thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host", "incarnation",
+"reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}.
+"""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from folkmoot.experts.expert_map import ExpertMap
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 0.2
+
+
+class MapFeed:
+    """Calls `on_map` (from its own thread) with each map that arrives, and sends events up. Reconnects for ever."""
+
+    def __init__(self, path: str, on_map: Callable[[ExpertMap], None]) -> None:
+        self._path, self._on_map = path, on_map
+        self._sock: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._unsent: list[dict[str, Any]] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="map-feed", daemon=True)
+        self._thread.start()
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send an event now, or as soon as the feed is connected again. Never blocks for long, never raises."""
+        with self._lock:
+            self._unsent.append(event)
+            self._flush()
+
+    def close(self) -> None:
+        """Stop the thread and close the connection."""
+        self._closed = True
+        with self._lock:
+            if self._sock is not None:
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _flush(self) -> None:
+        if self._sock is None:
+            del self._unsent[:-1000]
+            return
+        try:
+            while self._unsent:
+                self._sock.sendall(json.dumps(self._unsent[0]).encode() + b"\n")
+                self._unsent.pop(0)
+        except OSError:
+            self._sock = None  # the reader sees the end as well, and reconnects
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                    sock.connect(self._path)
+                    with self._lock:
+                        self._sock = sock
+                        self._unsent.insert(0, {"event": "ready"})
+                        self._flush()
+                    self._read(sock)
+            except OSError as e:
+                log.debug("map feed %s: %s", self._path, e)
+            finally:
+                with self._lock:
+                    self._sock = None
+            time.sleep(RECONNECT_S)
+
+    def _read(self, sock: socket.socket) -> None:
+        with sock.makefile("rb") as lines:
+            for line in lines:
+                try:
+                    self._on_map(ExpertMap.from_json(json.dumps(json.loads(line)["map"])))
+                except Exception:
+                    log.exception("a message of the map feed could not be used")
+
+
+def read_map(path: str) -> ExpertMap:
+    """The one map in a file, for tests and benchmarks that need no router."""
+    return ExpertMap.from_json(Path(path).read_text())

@@ -1,0 +1,279 @@
+"""The warm parent: one process a node that imports vLLM once, and forks expert hosts and engines from itself.
+
+Importing vLLM takes about 18 s of a core, a fork of a process that has imported it a few milliseconds: that is what
+makes a replacement for a dead expert host quick. The parent listens on a unix socket in a directory that only its
+user may enter. A request names an entry point ("module:function"), its spec and a log file; the child then owns the
+requester's end of the connection as its control channel: newline-delimited JSON both ways. End-of-file on it means
+that the owner is gone, and the child exits.
+
+The parent must fork before any use of OpenMP or CUDA, so it only ever imports.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""A control message longer than this is refused: the largest real one is an expert map of a few megabytes."""
+
+
+class WarmParentError(RuntimeError):
+    """The warm parent is not there, or could not do what was asked."""
+
+
+class Control:
+    """Newline-delimited JSON messages over a connected stream socket. Sending is safe from several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._send_lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """The socket's file descriptor, for event loops."""
+        return self._sock.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message. Raises OSError if the peer is gone."""
+        with self._send_lock:
+            self._sock.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The next message, or None once `timeout_s` has passed. Raises EOFError if the peer is gone."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._sock], [], [], left)[0]:
+                return None
+            try:
+                chunk = self._sock.recv(1 << 16)
+            except ConnectionResetError:
+                chunk = b""
+            if not chunk:
+                raise EOFError("the other end of the control channel is closed")
+            self._buffer += chunk
+            if len(self._buffer) > MAX_MESSAGE_BYTES:
+                raise WarmParentError(f"a control message exceeds {MAX_MESSAGE_BYTES} bytes")
+        line, _, rest = self._buffer.partition(b"\n")
+        self._buffer = bytearray(rest)
+        message = json.loads(bytes(line))
+        if not isinstance(message, dict):
+            raise WarmParentError("a control message must be a JSON object")
+        return message
+
+    def close(self) -> None:
+        """Close the channel: the other end sees end-of-file."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+@dataclass
+class Child:
+    """A process forked by the warm parent, seen from the one who asked for it. Closing `control` ends it."""
+
+    pid: int
+    control: Control
+    _pidfd: int = field(repr=False)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to the child."""
+        self.control.send(message)
+
+    def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The child's next message; None after the time-out; EOFError once it is dead."""
+        return self.control.receive(timeout_s)
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs (a zombie does not)."""
+        return not select.select([self._pidfd], [], [], 0)[0]
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the process to end; whether it has."""
+        return bool(select.select([self._pidfd], [], [], timeout_s)[0])
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        """Send a signal; nothing happens if the process is gone already."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, sig)
+
+
+class WarmParent:
+    """A client of a running warm parent; cheap, holds no connection."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self.socket_path = socket_path
+
+    def spawn(self, entry: str, spec: dict[str, Any], log_path: Path, timeout_s: float = 30.0) -> Child:
+        """Fork a child that calls `entry` ("module:function") as function(spec, control), output to `log_path`.
+
+        Raises WarmParentError if the parent does not answer within `timeout_s` or refuses.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(str(self.socket_path))
+            control = Control(sock)
+            control.send({"entry": entry, "spec": spec, "log": str(log_path)})
+            answer = control.receive(timeout_s)
+            if answer is None:
+                raise WarmParentError(f"no answer within {timeout_s} s")
+            if "error" in answer:
+                raise WarmParentError(str(answer["error"]))
+            pid = int(answer["pid"])
+            return Child(pid, control, os.pidfd_open(pid))
+        except (OSError, EOFError, WarmParentError) as e:
+            sock.close()
+            raise WarmParentError(f"the warm parent at {self.socket_path} could not start {entry}: {e}") from e
+
+
+def start(socket_path: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start a warm parent as a child of this process; it ends when this process does. Use `connect` to wait for it."""
+    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(log_path, "ab") as out:
+        command = [sys.executable, "-m", "folkmoot.experts.warm", "--socket", str(socket_path), "--with-parent"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True)
+
+
+def connect(socket_path: Path, timeout_s: float = 120.0) -> WarmParent:
+    """Wait until the warm parent at `socket_path` has imported vLLM and listens. Raises WarmParentError if late."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(socket_path))
+                return WarmParent(socket_path)
+            except OSError as e:
+                if time.monotonic() > deadline:
+                    raise WarmParentError(f"no warm parent listens at {socket_path} after {timeout_s:.0f} s") from e
+        time.sleep(0.05)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a warm parent until SIGTERM, or until standard input closes with --with-parent."""
+    p = argparse.ArgumentParser(prog="python -m folkmoot.experts.warm", description=__doc__)
+    p.add_argument("--socket", type=Path, required=True, help="unix socket to listen on (its directory: mode 0700)")
+    p.add_argument("--with-parent", action="store_true", help="end when standard input closes")
+    p.add_argument("--no-preimport", action="store_true", help="import nothing beforehand (for tests)")
+    args = p.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s warm %(levelname)s %(message)s")
+    began = time.monotonic()
+    if not args.no_preimport:
+        from folkmoot.experts import vllm_api
+
+        vllm_api.preimport()
+    gc.freeze()  # a collection in a child would touch, and so copy, every inherited page
+    log.info("imported in %.1f s, %d threads", time.monotonic() - began, threading.active_count())
+    _serve(args.socket, args.with_parent)
+
+
+def _serve(socket_path: Path, with_parent: bool) -> None:
+    """Accept one request a connection; fork; go on. The socket file appears only now, when children are cheap."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel; owners watch a pidfd
+    with contextlib.suppress(FileNotFoundError):
+        socket_path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(socket_path))
+    listener.listen(64)
+    watched: list[Any] = [listener, *([sys.stdin.fileno()] if with_parent else [])]
+    try:
+        while True:
+            ready = select.select(watched, [], [])[0]
+            if listener not in ready:
+                return
+            connection, _ = listener.accept()
+            _answer(connection, listener)
+            connection.close()
+    finally:
+        listener.close()
+        socket_path.unlink(missing_ok=True)
+
+
+def _answer(connection: socket.socket, listener: socket.socket) -> None:
+    """Read one request and fork for it. A connection that closes without one is a probe."""
+    control = Control(connection)
+    try:
+        request = control.receive(5.0)
+        if request is None:
+            return
+        entry, spec, log_path = str(request["entry"]), dict(request["spec"]), str(request["log"])
+    except EOFError:
+        return
+    except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
+        with contextlib.suppress(OSError):
+            control.send({"error": f"bad request: {e!r}"})
+        return
+    if (pid := os.fork()) != 0:
+        log.info("forked %d for %s", pid, entry)
+        return
+    listener.close()
+    _run_child(entry, spec, log_path, control)
+
+
+def _run_child(entry: str, spec: dict[str, Any], log_path: str, control: Control) -> None:
+    """In the fork: detach from the parent's surroundings, report the pid, run the entry, and never return."""
+    status = 1
+    try:
+        os.setsid()
+        for sig in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(sig, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+        out = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(source, target)
+        control.send({"pid": os.getpid()})
+        module, _, name = entry.partition(":")
+        function: Callable[[dict[str, Any], Control], None] = getattr(importlib.import_module(module), name)
+        function(spec, control)
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException as e:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            control.send({"event": "error", "message": f"{type(e).__name__}: {e}"})
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def exit_with_owner(control: Control, on_message: Callable[[dict[str, Any]], None] | None = None) -> threading.Thread:
+    """Watch control in a daemon thread: pass each message on, and end this process at once when the owner is gone."""
+
+    def watch() -> None:
+        try:
+            while True:
+                message = control.receive()
+                if message is not None and on_message is not None:
+                    on_message(message)
+        except EOFError:
+            os._exit(0)
+
+    thread = threading.Thread(target=watch, name="owner-watch", daemon=True)
+    thread.start()
+    return thread
+
+
+if __name__ == "__main__":
+    main()
