@@ -1,0 +1,55 @@
+"""Everything of vLLM's private API that Folkmoot touches, in one place, for one pinned version.
+
+`describe` reads what a checkpoint is (no vLLM needed). `load_experts` builds the host side: any set of routed experts
+as callable kernels. `install` arms the engine side: a vLLM whose routed experts are elsewhere. `preimport` is for a
+parent that forks either. Each name is imported when it is first used, because importing vLLM takes many seconds.
+
+    checkpoint.py  names and headers of a safetensors checkpoint; light
+    runtime.py     engine configuration, one-rank world, imports before a fork
+    hosted.py      host side: vLLM's own loader and kernels over a subset of experts
+    engine.py      engine side: routed experts that hold nothing and call a dispatcher
+    private.py     the list of private names relied on, and the check that names what a new version broke
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from folkmoot.experts.vllm_api.checkpoint import ModelShape, describe
+
+if TYPE_CHECKING:
+    from folkmoot.experts.vllm_api.engine import Dispatch, engine_arguments, install
+    from folkmoot.experts.vllm_api.hosted import HostedExperts, LayerKernel, load_experts
+    from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
+    from folkmoot.experts.vllm_api.runtime import preimport
+
+_HOME = {
+    "Dispatch": "engine",
+    "engine_arguments": "engine",
+    "install": "engine",
+    "HostedExperts": "hosted",
+    "LayerKernel": "hosted",
+    "load_experts": "hosted",
+    "VLLM_VERSION": "private",
+    "broken_names": "private",
+    "preimport": "runtime",
+}
+
+__all__ = [
+    "VLLM_VERSION",
+    "Dispatch",
+    "HostedExperts",
+    "LayerKernel",
+    "ModelShape",
+    "broken_names",
+    "describe",
+    "engine_arguments",
+    "install",
+    "load_experts",
+    "preimport",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,233 @@
+"""The host side: any set of routed experts, loaded by vLLM's own loader and run by vLLM's own kernels.
+
+The whole model is built on the meta device, where it costs nothing, except that each `RoutedExperts` is told that its
+layer has only the experts held here (so layers of one host may hold different numbers of them), and is built on the
+real device. The model's own `load_weights` then gets the tensors of those experts under their local numbers. No code
+here knows any architecture.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.utils import get_model_cls, initialize_model
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from folkmoot.experts.vllm_api.checkpoint import ExpertTensor, count_experts, describe, expert_tensors, read_experts
+from folkmoot.experts.vllm_api.runtime import engine_config, ensure_world, prepare_cpu, register_eagerly
+
+# Names under which Hugging Face configurations keep the number of routed experts.
+_COUNT_NAMES = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+
+
+class LayerKernel:
+    """The held experts of one layer as one function of rows. Not safe to call from two threads at once.
+
+    `hidden_size` is the model's, `num_slots` the number of experts held, `dtype` that of rows in and out.
+    """
+
+    def __init__(self, module: RoutedExperts, hidden_size: int, dtype: torch.dtype) -> None:
+        self.hidden_size = hidden_size
+        self.num_slots: int = module.moe_config.num_local_experts
+        self.dtype = dtype
+        self.device = next(module.parameters()).device
+        self.bytes = sum(p.nbytes for p in module.parameters())
+        self._padded_size: int = module.moe_config.hidden_dim
+        self._ones = torch.ones(256, 1, dtype=torch.float32, device=self.device)
+        self._write = _direct_kernel(module)
+        self._apply = _general_kernel(module)
+
+    def __call__(self, x: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Row p of the result is expert slots[p] applied to x[p], without any routing weight.
+
+        x is [P, hidden_size] of `dtype`, slots int32 [P] with values below num_slots, both contiguous; `out`, where
+        given, is like x, is written and returned, and may share memory with other processes, but not with x.
+        The result of a row does not depend on the other rows. ValueError for a slot out of range.
+        """
+        rows = x.shape[0]
+        if out is None:
+            out = torch.empty_like(x)
+        if rows == 0:
+            return out
+        self._check(slots)
+        if rows > self._ones.shape[0]:
+            self._ones = torch.ones(2 * rows, 1, dtype=torch.float32, device=self.device)
+        weights, ids = self._ones[:rows], slots.unsqueeze(1)
+        if self._write is not None:
+            self._write(out, x, weights, ids)
+            return out
+        if self._padded_size != self.hidden_size:
+            x = torch.nn.functional.pad(x, (0, self._padded_size - self.hidden_size))
+        return out.copy_(self._apply(x, weights, ids)[:, : self.hidden_size])
+
+    def _check(self, slots: torch.Tensor) -> None:
+        """The kernels index unchecked, so a wrong slot would read foreign memory."""
+        low, high = torch.aminmax(slots)
+        if low.item() < 0 or high.item() >= self.num_slots:
+            raise ValueError(f"slots {low.item()}..{high.item()} of a layer that holds {self.num_slots} experts")
+
+
+@dataclass(frozen=True)
+class HostedExperts:
+    """The experts one host holds: a kernel a layer, and the memory their weights take."""
+
+    layers: dict[int, LayerKernel]
+    bytes: int
+
+
+def load_experts(
+    checkpoint: Path, experts: Mapping[int, Sequence[int]], *, dtype: str = "auto", device: str = "cpu"
+) -> HostedExperts:
+    """Load `experts` (logical experts by layer; slot i of a layer is its i-th) of the checkpoint folder.
+
+    `dtype` is "auto" (the checkpoint's), "bfloat16", "float16" or "float32". Layers without experts may be left out.
+    Only the tensors of these experts are read. ValueError for a layer or an expert that the checkpoint does not have.
+    """
+    checkpoint = Path(checkpoint)
+    tensors = expert_tensors(checkpoint)
+    wanted = {layer: tuple(ids) for layer, ids in experts.items() if len(ids)}
+    _check_wanted(checkpoint, wanted, tensors)
+    shape = describe(checkpoint)
+    register_eagerly(shape.architecture)
+    if device == "cpu":
+        prepare_cpu()
+    config = engine_config(checkpoint, dtype=dtype)
+    with set_current_vllm_config(config), torch.inference_mode():
+        ensure_world()
+        model, modules = _build(config, {layer: len(ids) for layer, ids in wanted.items()}, torch.device(device))
+        for layer, ids in wanted.items():
+            with _expert_count(config, len(ids)):
+                model.load_weights(read_experts(tensors[layer], ids))
+            modules[layer].quant_method.process_weights_after_loading(modules[layer])
+            modules[layer]._ensure_moe_quant_config_init()
+    del model
+    gc.collect()
+    rows = config.model_config.dtype
+    kernels = {layer: LayerKernel(modules[layer], shape.hidden_size, rows) for layer in sorted(wanted)}
+    return HostedExperts(kernels, sum(k.bytes for k in kernels.values()))
+
+
+def _check_wanted(
+    checkpoint: Path, wanted: Mapping[int, Sequence[int]], tensors: Mapping[int, list[ExpertTensor]]
+) -> None:
+    for layer, ids in wanted.items():
+        if layer not in tensors:
+            raise ValueError(f"{checkpoint}: layer {layer} has no routed experts")
+        count = count_experts(tensors[layer])
+        if min(ids) < 0 or max(ids) >= count or len(set(ids)) != len(ids):
+            raise ValueError(f"{checkpoint}: layer {layer} has experts 0..{count - 1}, each to be held once: {ids}")
+
+
+def _build(
+    config: VllmConfig, counts: Mapping[int, int], device: torch.device
+) -> tuple[torch.nn.Module, dict[int, RoutedExperts]]:
+    """The model on the meta device, and its RoutedExperts on `device` where `counts` names their layer."""
+    model_class = get_model_cls(config.model_config)  # importing it defines its own subclasses of RoutedExperts
+    modules: dict[int, RoutedExperts] = {}
+    with (
+        replaced_routed_experts(lambda base: _holding(base, counts, device, modules)),
+        set_default_torch_dtype(config.model_config.dtype),
+        torch.device("meta"),
+    ):
+        model = initialize_model(config, model_class=model_class)
+    missing = sorted(set(counts) - set(modules))
+    if missing:
+        raise ValueError(f"{config.model_config.model}: vLLM builds no routed experts in layers {missing}")
+    return model, modules
+
+
+def _holding(
+    base: type[RoutedExperts], counts: Mapping[int, int], device: torch.device, modules: dict[int, RoutedExperts]
+) -> type[RoutedExperts]:
+    """A subclass of `base` that believes its layer has only the experts held, and stands on the real device."""
+
+    def __init__(self: Any, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kw: Any) -> None:
+        layer = extract_layer_index(layer_name)
+        if layer not in counts:
+            base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
+            return
+        count = counts[layer]
+        moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = count
+        kw["apply_router_weight_on_input"] = False  # the dispatcher's side has done it
+        with device:
+            base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
+        self.local_num_experts = count
+        modules[layer] = self
+
+    return type(base.__name__, (base,), {"__init__": __init__})
+
+
+@contextmanager
+def replaced_routed_experts(make: Callable[[type[RoutedExperts]], type[RoutedExperts]]) -> Iterator[None]:
+    """While open, vLLM builds make(C) for RoutedExperts and for each subclass C of it that is defined by now."""
+    before = dict(op_registry_oot)
+    try:
+        for base in family(RoutedExperts):
+            op_registry_oot[base.__name__] = make(base)
+        yield
+    finally:
+        op_registry_oot.clear()
+        op_registry_oot.update(before)
+
+
+def family(root: type[Any]) -> list[type[Any]]:
+    """`root` and all its subclasses that vLLM defines (ours come and go)."""
+    found = [root]
+    for child in root.__subclasses__():
+        if child.__module__.startswith("vllm."):
+            found += family(child)
+    return found
+
+
+@contextmanager
+def _expert_count(config: VllmConfig, count: int) -> Iterator[None]:
+    """While open, the model's configuration says that it has `count` experts: some loaders reshape by that number."""
+    text = config.model_config.hf_text_config
+    before = {name: getattr(text, name) for name in _COUNT_NAMES if isinstance(getattr(text, name, None), int)}
+    try:
+        for name in before:
+            setattr(text, name, count)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(text, name, value)
+
+
+def _direct_kernel(module: RoutedExperts) -> Callable[..., None] | None:
+    """vLLM's kernel as write(out, x, weights, ids), where it takes plain rows, needs no workspace, and pads nothing."""
+    kernel = getattr(module.quant_method, "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    if experts is None or not getattr(experts, "expects_unquantized_inputs", False):
+        return None
+    config = module.moe_config
+    hidden, count = config.hidden_dim, config.num_local_experts
+    shapes = experts.workspace_shapes(1, 2 * hidden, hidden, 1, count, count, None, module.activation)
+    if shapes != ((0,), (0,), (1, hidden)) or hidden != config.hidden_dim_unpadded:
+        return None
+    apply, w13, w2, activation = experts.apply, module.w13_weight, module.w2_weight, module.activation
+    empty = torch.empty(0, device=w2.device)
+
+    def write(out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        apply(out, x, w13, w2, weights, ids, activation, count, None, None, None, empty, empty, None, False)
+
+    return write
+
+
+def _general_kernel(module: RoutedExperts) -> Callable[..., torch.Tensor]:
+    """vLLM's quantisation method itself, which allocates its result."""
+
+    def apply(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = module.quant_method.apply(
+            layer=module, x=x, topk_weights=weights, topk_ids=ids, shared_experts=None, shared_experts_input=None
+        )
+        return rows
+
+    return apply

@@ -1,0 +1,78 @@
+"""What both sides need of a vLLM process: imports before a fork, an engine configuration, a world of one rank."""
+
+import importlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import (
+    init_distributed_environment,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.registry import _RegisteredModel
+
+_HEAVY = (
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.layers.fused_moe.layer",
+    "vllm.model_executor.layers.quantization.mxfp4",
+    "vllm.model_executor.models.mixtral",
+    "vllm.tokenizers",
+    "folkmoot.experts.vllm_api.hosted",
+    "folkmoot.experts.vllm_api.engine",
+)
+_HEAVY_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+
+
+def preimport(architectures: Sequence[str] = (), *, device: str = "cpu") -> None:
+    """Import what an engine or an expert host needs, so that a forked child starts in about a second.
+
+    Starts no thread and initialises neither OpenMP nor an accelerator. `architectures` are names as in config.json;
+    their model classes are imported too, and vLLM's inspection of them, which else starts another interpreter, is done.
+    """
+    for module in _HEAVY + (_HEAVY_CPU if device == "cpu" else ()):
+        importlib.import_module(module)
+    for architecture in architectures:
+        register_eagerly(architecture)
+
+
+def register_eagerly(architecture: str) -> None:
+    """Import the model class of `architecture`. Otherwise vLLM inspects it in a fresh interpreter (many seconds)."""
+    if architecture not in ModelRegistry.models:
+        raise ValueError(f"vLLM knows no model architecture {architecture!r}")
+    entry = ModelRegistry.models[architecture]
+    if not hasattr(entry, "model_cls"):
+        ModelRegistry.models[architecture] = _RegisteredModel.from_model_cls(entry.load_model_cls())
+
+
+def engine_config(checkpoint: Path, *, dtype: str) -> VllmConfig:
+    """vLLM's configuration for the model in `checkpoint`, eager, without a tokenizer."""
+    arguments = EngineArgs(
+        model=str(checkpoint), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=1
+    )
+    return arguments.create_engine_config()
+
+
+def ensure_world() -> None:
+    """A world of this process alone, unless there is one already (an engine's). Needs a current vLLM configuration."""
+    if model_parallel_is_initialized():
+        return
+    with tempfile.NamedTemporaryFile(prefix="folkmoot-world-", delete=False) as meeting_point:
+        pass
+    init_distributed_environment(1, 0, f"file://{meeting_point.name}", 0, "gloo")
+    initialize_model_parallel(1, 1)
+    Path(meeting_point.name).unlink(missing_ok=True)
+
+
+def prepare_cpu() -> None:
+    """Ask the kernel for the AMX registers where there are some: without it the first AMX kernel dies of SIGILL."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

@@ -1,0 +1,172 @@
+"""Runs vLLM in children forked from one process that has imported it, for test_vllm_api.
+
+Not a test itself. `python vllm_runs.py` prints "ready", then reads one JSON request a line and answers each with one
+line {"ok": bool, "result" or "error": ...}. A request names a function below and its arguments. Each runs in its own
+child, since a process can hold one vLLM engine.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from folkmoot.experts import vllm_api
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Each expert knows one thing well.",
+    "one, two, three, four,",
+    "def add(left: int, right: int)",
+    "Rain on a tin roof",
+    "How many legs has a spider?",
+)
+
+
+class InProcessDispatcher:
+    """Hosts in the engine's own process: expert e of a layer lives on the host that `owner` names for it."""
+
+    def __init__(self, hosts: Sequence[vllm_api.HostedExperts], slots: Sequence[Mapping[int, Sequence[int]]]) -> None:
+        self.hosts = hosts
+        self.slots = slots
+        self.calls = 0
+
+    def forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.calls += 1
+        top_k = topk_ids.shape[1]
+        pairs = x.repeat_interleave(top_k, dim=0)
+        rows = torch.full_like(pairs, float("nan"))
+        flat = topk_ids.flatten()
+        for host, held in zip(self.hosts, self.slots, strict=True):
+            for slot, expert in enumerate(held.get(layer, ())):
+                mine = (flat == expert).nonzero().flatten()
+                ids = torch.full((len(mine),), slot, dtype=torch.int32)
+                rows[mine] = host.layers[layer](pairs[mine], ids)
+        shared_out = shared() if shared else None
+        return combine(rows.view(len(x), top_k, -1), topk_weights), shared_out
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over k in slot order, each step one float32 fused multiply-add: the product is exact in float64."""
+    total = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
+    for slot in range(rows.shape[1]):
+        total = (rows[:, slot].double() * weights[:, slot, None].double() + total.double()).float()
+    return total.to(rows.dtype)
+
+
+def generate(llm: Any, num_tokens: int) -> dict[str, Any]:
+    """Greedy tokens, their log-probabilities, and the top-5 of each step, for all prompts."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=num_tokens, logprobs=5, ignore_eos=True)
+    outputs = [o.outputs[0] for o in llm.generate(list(PROMPTS), parameters, use_tqdm=False)]
+    top = [[{str(t): p.logprob for t, p in step.items()} for step in o.logprobs] for o in outputs]
+    return {"tokens": [list(o.token_ids) for o in outputs], "top": top}
+
+
+def load(checkpoint: str, dtype: str, **extra: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        checkpoint, dtype=dtype, enforce_eager=extra.pop("enforce_eager", True), max_model_len=128, max_num_seqs=16,
+        kv_cache_memory_bytes=1 << 26, enable_prefix_caching=False, seed=0, **extra,
+    )  # fmt: skip
+
+
+def monolithic(checkpoint: str, dtype: str, num_tokens: int = 16) -> dict[str, Any]:
+    return generate(load(checkpoint, dtype), num_tokens)
+
+
+def hosted(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> dict[str, Any]:
+    """The same with experts outside the model: all on one host, then halves (odd and even) on two."""
+    shape = vllm_api.describe(Path(checkpoint))
+    dispatcher = InProcessDispatcher([], [])
+    vllm_api.install(lambda: dispatcher)
+    llm = load(checkpoint, dtype, **extra)
+    results: dict[str, Any] = {"engine": engine_parameters(llm)}
+    for name, num_hosts in (("one", 1), ("halves", 2)):
+        held = [{layer: range(h, shape.num_experts, num_hosts) for layer in shape.moe_layers} for h in range(num_hosts)]
+        dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), h, dtype=dtype) for h in held]
+        dispatcher.slots = held
+        dispatcher.calls = 0
+        results[name] = generate(llm, num_tokens)
+        results[f"{name}_calls"] = dispatcher.calls
+    return results
+
+
+def engine_parameters(llm: Any) -> dict[str, int]:
+    """Bytes of the engine's parameters: on the meta device, elsewhere, and elsewhere under a routed expert's name."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    sizes = {"meta": 0, "held": 0, "held_routed": 0}
+    for name, parameter in model.named_parameters():
+        sizes["meta" if parameter.is_meta else "held"] += parameter.nbytes
+        if not parameter.is_meta and "routed_experts" in name:
+            sizes["held_routed"] += parameter.nbytes
+    return sizes
+
+
+def kernel(checkpoint: str, dtype: str) -> dict[str, Any]:
+    """What a subset of experts computes, against all of them, and row by row."""
+    path = Path(checkpoint)
+    shape = vllm_api.describe(path)
+    first, last = shape.moe_layers[0], shape.moe_layers[-1]
+    everything = vllm_api.load_experts(path, {n: range(shape.num_experts) for n in shape.moe_layers}, dtype=dtype)
+    some = vllm_api.load_experts(path, {first: [5, 2, 7], last: [3]}, dtype=dtype)
+    whole, part = everything.layers[first], some.layers[first]
+    torch.manual_seed(0)
+    x = torch.randn(64, shape.hidden_size).to(whole.dtype)
+    slots = torch.randint(0, 3, (64,), dtype=torch.int32)
+    rows = part(x, slots)
+    out = torch.empty_like(x)
+    given = part(x, slots, out=out)
+    by_one = torch.cat([part(x[i : i + 1], slots[i : i + 1]) for i in range(len(x))])
+    by_seven = torch.cat([part(x[i : i + 7], slots[i : i + 7]) for i in range(0, len(x), 7)])
+    again = everything.layers[last](x, torch.full((64,), 3, dtype=torch.int32))
+    return {
+        "subset_equals_whole": torch.equal(rows, whole(x, torch.tensor([5, 2, 7], dtype=torch.int32)[slots.long()])),
+        "other_layer_equals": torch.equal(again, some.layers[last](x, torch.zeros(64, dtype=torch.int32))),
+        "writes_out": given is out and torch.equal(rows, out),
+        "row_alone_equals": torch.equal(rows, by_one) and torch.equal(rows, by_seven),
+        "experts_differ": not torch.equal(part(x, torch.zeros_like(slots)), part(x, torch.ones_like(slots))),
+        "input_untouched": torch.equal(x, (torch.manual_seed(0), torch.randn(64, shape.hidden_size))[1].to(x.dtype)),
+        "bytes": everything.bytes,
+        "bytes_expected": shape.expert_bytes * shape.num_experts * len(shape.moe_layers),
+        "bytes_some": some.bytes,
+        "direct": part._write is not None,
+        "std": rows.float().std().item(),
+    }
+
+
+def main() -> None:
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1")
+    vllm_api.preimport()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its kernels print to stdout as they like
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                answer = {"ok": True, "result": globals()[request["function"]](**request["arguments"])}
+            except BaseException:
+                answer = {"ok": False, "error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            print(json.dumps({"ok": False, "error": f"the child died: wait status {status}"}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
