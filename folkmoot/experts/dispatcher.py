@@ -134,7 +134,6 @@ class Dispatcher:
         self.rows_served: dict[str, int] = {}
         self._shape: Shape | None = None
         self._itemsize = 0
-        self._seqs: dict[int, int] = {}
         self._changed = threading.Condition()
         self._dead: set[tuple[str, int]] = set()
         self._retired: list[Link] = []
@@ -248,9 +247,9 @@ class Dispatcher:
 
     def header(self, link: Link, layer: int, flags: int, rows: int, pairs: int, size: int, version: int) -> Header:
         """The header of the next request on a link."""
-        seq = self._seqs[id(link)] = self._seqs.get(id(link), 0) + 1
+        link.seq += 1
         return Header(
-            wire.REQUEST, flags, seq, version, self.incarnation, link.address.incarnation, layer, rows, pairs, size
+            wire.REQUEST, flags, link.seq, version, self.incarnation, link.address.incarnation, layer, rows, pairs, size
         )
 
     def count(self, layer: int, experts: int) -> np.ndarray:

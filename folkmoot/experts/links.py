@@ -5,6 +5,7 @@ the reply where they lie. Any failure makes the link useless: the dispatcher clo
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import socket
@@ -32,6 +33,8 @@ class Link(Protocol):
     address: HostAddress
     request: int
     reply: int
+    seq: int
+    """the last request's sequence number"""
 
     def post(self, header: Header) -> native.Post | None:
         """Send a request whose payload lies at `request`; or say what `native.post` has to publish for it."""
@@ -89,9 +92,10 @@ class ShmLink:
             if address.unix_path is None:
                 raise LinkError(f"host {address.host} has no unix socket")
             self._sock.connect(address.unix_path)
-            fd = os.memfd_create("folkmoot-link", os.MFD_CLOEXEC)
+            fd = os.memfd_create("folkmoot-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
                 os.ftruncate(fd, size.segment)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
                 self._map = mmap.mmap(fd, size.segment)
                 wire.send_line(self._sock, hello, fd)
             finally:
@@ -105,17 +109,16 @@ class ShmLink:
         self._base, self._fd = base, self._sock.fileno()
         self.request = base + wire.OFF_PAYLOAD
         self.reply = base + wire.OFF_PAYLOAD + size.request
-        self._seq, self._limit = 0, size.reply
+        self.seq, self._limit = 0, size.reply
 
     def post(self, header: Header) -> native.Post:
-        self._seq = header.seq
         self._map[wire.OFF_REQUEST_HEADER : wire.OFF_REQUEST_HEADER + wire.HEADER_BYTES] = header.pack()
         base = self._base
-        return native.Post(base + wire.OFF_REQUEST_FLAG, base + wire.OFF_HOST_SLEEPING, self._seq, self._fd, 0)
+        return native.Post(base + wire.OFF_REQUEST_FLAG, base + wire.OFF_HOST_SLEEPING, header.seq, self._fd, 0)
 
     def arm(self, waiter: native.Waiter) -> None:
         waiter.flag, waiter.sleeping = self._base + wire.OFF_REPLY_FLAG, self._base + wire.OFF_ENGINE_SLEEPING
-        waiter.want, waiter.fd, waiter.state = self._seq, self._fd, native.PENDING
+        waiter.want, waiter.fd, waiter.state = self.seq, self._fd, native.PENDING
 
     def receive(self) -> Header:
         header = _unpack(self._map[wire.OFF_REPLY_HEADER : wire.OFF_REPLY_HEADER + wire.HEADER_BYTES], self._limit)
@@ -144,6 +147,7 @@ class TcpLink:
         except BaseException:
             self._sock.close()
             raise
+        self.seq = 0
         self._request = np.empty(size.request, np.uint8)
         self._reply = np.empty(size.reply, np.uint8)
         self.request, self.reply = self._request.ctypes.data, self._reply.ctypes.data

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,15 @@ class WarmParent:
             raise WarmParentError(f"the warm parent at {self.socket_path} could not start {entry}: {e}") from e
 
 
-def start(socket_path: Path, log_path: Path) -> subprocess.Popen[bytes]:
-    """Start a warm parent as a child of this process; it ends when this process does. Use `connect` to wait for it."""
+def start(socket_path: Path, log_path: Path, *, modules: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Start a warm parent as a child of this process; it ends when this process does. Use `connect` to wait for it.
+
+    It imports vLLM, or only `modules` where some are named.
+    """
     socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(log_path, "ab") as out:
         command = [sys.executable, "-m", "folkmoot.experts.warm", "--socket", str(socket_path), "--with-parent"]
+        command += [word for name in modules for word in ("--import", name)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True)
 
 
@@ -171,11 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m folkmoot.experts.warm", description=__doc__)
     p.add_argument("--socket", type=Path, required=True, help="unix socket to listen on (its directory: mode 0700)")
     p.add_argument("--with-parent", action="store_true", help="end when standard input closes")
-    p.add_argument("--no-preimport", action="store_true", help="import nothing beforehand (for tests)")
+    p.add_argument("--import", dest="modules", action="append", help="import this module, and not vLLM (repeatable)")
     args = p.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s warm %(levelname)s %(message)s")
     began = time.monotonic()
-    if not args.no_preimport:
+    if args.modules:
+        for name in args.modules:
+            importlib.import_module(name)
+    else:
         from folkmoot.experts import vllm_api
 
         vllm_api.preimport()

@@ -1,0 +1,37 @@
+"""A warm parent without imports, and hosts around a known kernel."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from folkmoot.experts import warm
+from tests.experts.hosts import Hosts
+
+
+@pytest.fixture(scope="session")
+def short_dir() -> Iterator[Path]:
+    """A directory whose path is short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="fm-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def plain_parent(short_dir: Path) -> Iterator[warm.WarmParent]:
+    """A warm parent that has not imported vLLM: enough for hosts around a known kernel."""
+    process = warm.start(short_dir / "warm.sock", short_dir / "warm.log", modules=["tests.experts.hosts"])
+    try:
+        yield warm.connect(short_dir / "warm.sock", 60.0)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def hosts(plain_parent: warm.WarmParent) -> Iterator[Hosts]:
+    """A fresh set of hosts; ended at the end of the test."""
+    with tempfile.TemporaryDirectory(prefix="fm-") as name:
+        started = Hosts(Path(name), plain_parent)
+        yield started
+        started.close()
