@@ -1,0 +1,87 @@
+"""The gateway as a process of its own: `python -m folkmoot.gateway --redis URL --listen HOST:PORT`.
+
+It needs a Redis 7+ or Valkey server, which it shares with the engines, and nothing else. Start several on the same
+store (and the same port, if you like) to serve more; a client may be cut off from one and go on at another.
+
+  python -m folkmoot.gateway                                    # on 127.0.0.1:50051, store on 127.0.0.1:6379
+  python -m folkmoot.gateway --listen 0.0.0.0:50051 --redis rediss://:PASSWORD@store:6380
+  FOLKMOOT_REDIS=redis://:PASSWORD@store python -m folkmoot.gateway      # keeps the password out of `ps`
+
+SIGTERM or Ctrl-C: health says NOT_SERVING, new calls are refused, streams may finish for --shutdown-s seconds.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+
+from pydantic import ValidationError
+
+from folkmoot.gateway.queue import QueueSettings
+from folkmoot.gateway.server import serve
+from folkmoot.gateway.settings import GatewaySettings
+
+HELP = {
+    "listen": "address to serve on; port 0 takes a free one",
+    "redis": "the request store: redis://, rediss:// or unix:// (also by environment variable FOLKMOOT_REDIS)",
+    "namespace": "prefix of all keys; a second one is a second Folkmoot in the same store",
+    "max_message_bytes": "largest request",
+    "max_request_s": "the longest a request may take, waiting included",
+    "grace_s": "how long a request outlives a broken connection",
+    "default_answer_tokens": "admission's estimate for a request without max_tokens",
+    "accept_after_s": "send the request id after so long, if there is no token yet",
+    "shutdown_s": "how long streams may finish on SIGTERM",
+    "lease_s": "an engine that is silent for so long loses its requests (alike in gateways and engines)",
+    "max_attempts": "leases of one request before it is given up (alike in gateways and engines)",
+    "retention_s": "how long a finished answer can be read again",
+    "max_waiting_requests": "queue limit per model and lane",
+    "max_waiting_tokens": "queue limit per model and lane, in estimated tokens",
+    "queue_timeout_s": "a request that no engine took ends after so long",
+    "retry_after_ms": "the hint that goes with a refusal",
+}
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    parser = _parser()
+    options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    if "redis" not in options and "FOLKMOOT_REDIS" in os.environ:
+        options["redis"] = os.environ["FOLKMOOT_REDIS"]
+    queue = {name: options.pop(name) for name in list(options) if name in QueueSettings.__dataclass_fields__}
+    try:
+        settings = GatewaySettings(**options, queue=QueueSettings(**queue))
+    except ValidationError as e:
+        parser.error(str(e))
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: GatewaySettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(settings, stop, lambda address: print(f"listening on {address}", flush=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m folkmoot.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = GatewaySettings()
+    for name in GatewaySettings.model_fields:
+        if name != "queue":
+            _add(parser, name, getattr(defaults, name))
+    group = parser.add_argument_group("queue")
+    for name in QueueSettings.__dataclass_fields__:
+        _add(group, name, getattr(defaults.queue, name))
+    return parser
+
+
+def _add(to: "argparse.ArgumentParser | argparse._ArgumentGroup", name: str, default: str | int | float) -> None:
+    text = f"{HELP[name]} (default: {default})"
+    to.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar=name.upper(), help=text)
+
+
+if __name__ == "__main__":
+    main()

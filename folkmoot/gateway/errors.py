@@ -1,0 +1,71 @@
+"""What can go wrong in queue and journal. Nothing of redis-py's own errors gets past `store.translated`.
+
+    GatewayError
+    ├── StoreError                 the store did not do it; nothing is known to have happened
+    │   ├── StoreUnavailable       retry later, it heals
+    │   │   ├── StoreAway          no connection, or no answer in time
+    │   │   ├── StoreLoading       it is reading its data from disk
+    │   │   ├── StoreReadOnly      a replica, or a cluster that is failing over
+    │   │   └── StoreFull          out of memory (maxmemory)
+    │   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
+    ├── QueueFull                  admission refused; carries a retry hint
+    ├── UnknownRequest             no such id, or its journal has expired
+    └── RequestIdTaken             the id is in use for other content
+"""
+
+
+class GatewayError(Exception):
+    """Base of all errors of queue and journal."""
+
+
+class StoreError(GatewayError):
+    """The store did not do what was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """It heals: retry later."""
+
+
+class StoreAway(StoreUnavailable):
+    """No connection, or no answer in time."""
+
+
+class StoreLoading(StoreUnavailable):
+    """The store is up, and reads its data from disk."""
+
+
+class StoreReadOnly(StoreUnavailable):
+    """The store takes no writes: a replica, or a fail-over is under way."""
+
+
+class StoreFull(StoreUnavailable):
+    """The store is out of memory."""
+
+
+class StoreRefused(StoreError):
+    """Wrong password, missing permission or an unsupported server: a person must act."""
+
+
+class QueueFull(GatewayError):
+    """The queue takes no more; `limit` names which limit, `retry_after_ms` when to come back."""
+
+    def __init__(self, limit: str, value: int, retry_after_ms: int) -> None:
+        super().__init__(f"the queue is full ({limit} = {value}); retry in {retry_after_ms} ms")
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+
+
+class UnknownRequest(GatewayError):
+    """No request of this id is known (it never was, or its journal has expired)."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"unknown request {request_id!r}: never submitted, or its journal has expired")
+        self.request_id = request_id
+
+
+class RequestIdTaken(GatewayError):
+    """The request id is already in use for a request of other content."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id {request_id!r} is already in use for a request of other content")
+        self.request_id = request_id

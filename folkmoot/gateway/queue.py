@@ -1,0 +1,341 @@
+"""The request queue: submit, lease, renew, append, release, cancel. One method is one round trip.
+
++------------------------------------------------------------------------------------------------------+
+| A request may RUN twice (an engine that stalls loses its lease, another one takes over), but each     |
+| token is JOURNALLED once: only the holder of the newest epoch can append, at exactly the next offset. |
++------------------------------------------------------------------------------------------------------+
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from folkmoot.gateway.batching import Batcher
+from folkmoot.gateway.errors import QueueFull, RequestIdTaken, UnknownRequest
+from folkmoot.gateway.keys import LANES, Lane
+from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.store import Store
+
+LANE_OF: dict[int, Lane] = {pb.LANE_UNSPECIFIED: "interactive", pb.INTERACTIVE: "interactive", pb.BATCH: "batch"}
+PB_LANE: dict[str, "pb.Lane"] = {"interactive": pb.INTERACTIVE, "batch": pb.BATCH}
+PB_STATE: dict[str, "pb.RequestState"] = {"queued": pb.QUEUED, "running": pb.RUNNING, "done": pb.DONE}
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    """What gateways and engines of one deployment must agree on."""
+
+    lease_s: float = 10.0  # an engine that does not renew for so long loses its requests
+    max_attempts: int = 3  # leases of one request before it goes to the dead-letter stream
+    retention_s: float = 600.0  # a finished journal can be read for so long
+    max_waiting_requests: int = 1024  # per model and lane
+    max_waiting_tokens: int = 4_000_000  # per model and lane, prompt and answer, estimated
+    queue_timeout_s: float = 300.0  # a request that no engine ever took ends after so long
+    retry_after_ms: int = 1000  # the hint that goes with a refusal
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One request on its way into the queue."""
+
+    request_id: str
+    model: str
+    request: pb.GenerateRequest
+    cost: int  # estimated tokens, prompt and answer
+    remaining_s: float  # until its deadline
+    grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
+    gateway: str = ""  # whom to push its journal to
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to run one request. What earlier holders journalled stands in token_ids and text: go on after it."""
+
+    request_id: str
+    epoch: int  # the fencing token
+    attempt: int  # 1 for the first
+    request: pb.GenerateRequest
+    offset: int  # index of the next token to journal == len(token_ids)
+    remaining_s: float  # until the deadline, at the time of the lease
+    waited_s: float  # since it was submitted
+    cost: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+
+
+class Held(StrEnum):
+    """What renew and append say of a lease."""
+
+    HELD = "held"  # renew: yours
+    OK = "ok"  # append: journalled (or was already)
+    LOST = "lost"  # someone else has it, or it is gone: drop it
+    DONE = "done"  # it ended meanwhile (cancelled, deadline): drop it
+    GAP = "gap"  # the store has fewer tokens than you (it lost its last second): drop it, it will be leased anew
+
+
+@dataclass(frozen=True)
+class Append:
+    """Tokens for one journal. `response.offset` is the index of its first token; `response.finish` ends the request."""
+
+    request_id: str
+    epoch: int
+    response: pb.GenerateResponse
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests and estimated tokens of one model, both lanes together."""
+
+    waiting_requests: int = 0
+    waiting_tokens: int = 0
+    running_requests: int = 0
+    running_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What an engine says of the model it serves; the gateway validates against it."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int = 20
+    has_chat_template: bool = True
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+class RequestQueue:
+    """All a gateway and an engine do to requests. Every method may raise StoreError."""
+
+    def __init__(self, store: Store, settings: QueueSettings | None = None) -> None:
+        self.store = store
+        self.settings = settings or QueueSettings()
+        self._submissions = Batcher(self._submit_many)
+        self._last_claim_s = 0.0
+
+    # ------------------------------------------------------------------------------------ a gateway's side
+
+    async def submit(self, submission: Submission) -> bool:
+        """Queue a request; concurrent calls share a round trip. False where this id was already submitted.
+
+        Raises QueueFull, RequestIdTaken (same id, other content), StoreError.
+        """
+        answer = await self._submissions(submission)
+        if answer in (b"ok", b"same"):
+            return answer == b"ok"
+        if answer == b"taken":
+            raise RequestIdTaken(submission.request_id)
+        s = self.settings
+        limit, value = (
+            ("max_waiting_requests", s.max_waiting_requests)
+            if answer == b"full:requests"
+            else ("max_waiting_tokens", s.max_waiting_tokens)
+        )
+        raise QueueFull(limit, value, s.retry_after_ms)
+
+    async def _submit_many(self, submissions: Sequence[Submission]) -> list[bytes]:
+        s = self.settings
+        args: list[bytes | str | int] = [submissions[0].gateway]  # one gateway process, one name
+        for one in submissions:
+            body = one.request.SerializeToString(deterministic=True)
+            args += (
+                one.request_id,
+                one.model,
+                LANE_OF[one.request.lane],
+                one.request.tenant,
+                _digest(one.request),
+                body,
+                one.cost,
+                _ms(one.remaining_s),
+                _ms(s.queue_timeout_s),
+                _ms(one.grace_s),
+                _ms(s.retention_s),
+                s.max_waiting_requests,
+                s.max_waiting_tokens,
+            )
+        answers: list[bytes] = await self.store.run("submit", *args)
+        return answers
+
+    async def cancel(self, request_id: str, reason: str = "cancelled by the client") -> bool:
+        """End a request. False where it had ended already. Raises UnknownRequest."""
+        answer: bytes = await self.store.run("cancel", request_id, reason)
+        if answer == b"unknown":
+            raise UnknownRequest(request_id)
+        return answer == b"cancelled"
+
+    async def status(self, request_id: str) -> pb.RequestStatus:
+        """What is known of a request. Raises UnknownRequest."""
+        names = ("model", "state", "lane", "tenant", "next", "attempts", "engine", "submitted")
+        values = await self.store.command("HMGET", self.store.keys.request(request_id), *names)
+        if values[0] is None:
+            raise UnknownRequest(request_id)
+        found = {name: value.decode() for name, value in zip(names, values, strict=True)}
+        status = pb.RequestStatus(
+            request_id=request_id,
+            model=found["model"],
+            state=PB_STATE[found["state"]],
+            lane=PB_LANE[found["lane"]],
+            tenant=found["tenant"],
+            num_tokens=int(found["next"]),
+            attempts=int(found["attempts"]),
+            engine=found["engine"],
+            submitted_ms=int(found["submitted"]),
+        )
+        if status.state == pb.DONE:
+            last = await self.store.command("XREVRANGE", self.store.keys.journal(request_id), "+", "-", "COUNT", 1)
+            if last:
+                status.finish.CopyFrom(pb.GenerateResponse.FromString(last[0][1][1]).finish)
+        return status
+
+    # ------------------------------------------------------------------------------------ an engine's side
+
+    async def lease(
+        self, model: str, engine: str, max_requests: int, max_tokens: int = 1 << 40, *, claim: bool | None = None
+    ) -> list[Lease]:
+        """Take up to `max_requests` requests, interactive ones first, until their estimates reach `max_tokens`.
+
+        Does not wait. `claim`: look for expired leases too (default: where the last look is lease_s / 8 ago).
+        """
+        s = self.settings
+        if claim is None:
+            claim = time.monotonic() - self._last_claim_s > s.lease_s / 8
+        if claim:
+            self._last_claim_s = time.monotonic()
+        lease_ms = _ms(s.lease_s)
+        rows = await self.store.run(
+            "lease", model, engine, max_requests, max_tokens, lease_ms, s.max_attempts, int(claim)
+        )
+        return [_lease(row) for row in rows]
+
+    async def renew(self, engine: str, leases: Sequence[Lease]) -> list[Held]:
+        """Keep leases for another lease_s. One answer a lease: HELD, LOST or DONE."""
+        if not leases:
+            return []
+        args = [part for lease in leases for part in (lease.request_id, lease.epoch)]
+        return [Held(answer.decode()) for answer in await self.store.run("renew", engine, *args)]
+
+    async def append_many(self, appends: Sequence[Append]) -> list[Held]:
+        """Journal tokens of many requests in one round trip. One answer an append: OK, LOST, DONE or GAP.
+
+        May be repeated with the same arguments after a StoreError: what is journalled already is OK again.
+        Raises ValueError for an append that has neither tokens nor a finish.
+        """
+        if not appends:
+            return []
+        args: list[bytes | str | int] = []
+        for one in appends:
+            size = len(one.response.token_ids)
+            last = one.response.HasField("finish")
+            if not size and not last:
+                raise ValueError("an append needs tokens or a finish: text alone would be sent twice to who resumes")
+            args += (one.request_id, one.epoch, one.response.offset, size, one.response.SerializeToString(), int(last))
+        return [Held(answer.decode()) for answer in await self.store.run("append", *args)]
+
+    async def release(self, engine: str, leases: Sequence[Lease], error: str = "") -> list[str]:
+        """Give leases back; another engine takes them first of all, and goes on after the last journalled token.
+
+        With an `error` the attempt counts, and after the last one the request is dead-lettered with it; without
+        (an engine that drains) it does not count. Answers per lease: requeued, buried, lost, done.
+        """
+        if not leases:
+            return []
+        args = [part for lease in leases for part in (lease.request_id, lease.epoch, error)]
+        answers = await self.store.run("release", engine, self.settings.max_attempts, *args)
+        return [answer.decode() for answer in answers]
+
+    async def load(self, model: str) -> Load:
+        """Waiting and running work of one model."""
+        total = dict.fromkeys(asdict(Load()), 0)
+        for lane in LANES:
+            flat = await self.store.command("HMGET", self.store.keys.load(model, lane), *total)
+            for name, value in zip(total, flat, strict=True):
+                total[name] += int(value or 0)
+        return Load(**total)
+
+    # ---------------------------------------------------------------------------------- models and cluster
+
+    async def register(self, engine: str, record: ModelRecord, beat_s: float) -> None:
+        """Say that `engine` serves this model, and is alive for the next `beat_s` seconds."""
+        text = json.dumps(asdict(record), sort_keys=True)
+        await self.store.run("register", record.name, engine, _ms(beat_s), text)
+
+    async def unregister(self, engine: str) -> None:
+        """The engine is gone; the model stays known, so that requests may wait for another engine."""
+        await self.store.command("ZREM", self.store.keys.engines, engine)
+
+    async def forget_model(self, model: str) -> None:
+        """Requests for this model are refused from now on."""
+        await self.store.command("HDEL", self.store.keys.models, model)
+
+    async def models(self) -> dict[str, ModelRecord]:
+        """All known models, also those that no engine serves just now."""
+        flat = await self.store.command("HGETALL", self.store.keys.models)
+        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+        return {name.decode(): ModelRecord(**json.loads(record)) for name, record in pairs}
+
+    async def engines(self) -> dict[str, str]:
+        """Engines whose heartbeat is fresh, with the model each serves."""
+        keys = self.store.keys
+        seconds, micros = await self.store.command("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        alive = await self.store.command("ZRANGE", keys.engines, now_ms, "+inf", "BYSCORE")
+        if not alive:
+            return {}
+        served = await self.store.command("HMGET", keys.engine_models, *alive)
+        return {engine.decode(): model.decode() for engine, model in zip(alive, served, strict=True) if model}
+
+    async def set_cluster_status(self, document: str, ttl_s: float) -> None:
+        """Publish the cluster's status document (JSON) for `ttl_s` seconds."""
+        await self.store.command("SET", self.store.keys.cluster, document, "PX", _ms(ttl_s))
+
+    async def cluster_status(self) -> str:
+        """The cluster's status document, empty where there is none."""
+        value: bytes | None = await self.store.command("GET", self.store.keys.cluster)
+        return value.decode() if value else ""
+
+
+def sampling_fields(request: pb.GenerateRequest) -> dict[str, object]:
+    """The sampling fields that the client set, by vLLM's names: `SamplingParams(**sampling_fields(request))`."""
+    fields: dict[str, object] = {}
+    for descriptor, value in request.sampling.ListFields():
+        if descriptor.name == "logit_bias":
+            fields["logit_bias"] = dict(value)
+        elif descriptor.is_repeated:
+            fields[descriptor.name] = list(value)
+        else:
+            fields[descriptor.name] = value
+    return fields
+
+
+def _digest(request: pb.GenerateRequest) -> str:
+    """Of what the client asked for: the budget of time may differ between two tries of the same request."""
+    content = pb.GenerateRequest()
+    content.CopyFrom(request)
+    content.ClearField("timeout_s")
+    content.ClearField("on_disconnect")
+    return hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16).hexdigest()
+
+
+def _lease(row: Sequence[Any]) -> Lease:
+    request_id, epoch, attempt, body, offset, remaining_ms, _, waited_ms, cost, payloads = row
+    pieces = [pb.GenerateResponse.FromString(payload) for payload in payloads]
+    return Lease(
+        request_id=request_id.decode(),
+        epoch=epoch,
+        attempt=attempt,
+        request=pb.GenerateRequest.FromString(body),
+        offset=offset,
+        remaining_s=remaining_ms / 1000,
+        waited_s=waited_ms / 1000,
+        cost=cost,
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        text="".join(piece.text for piece in pieces),
+    )
+
+
+def _ms(seconds: float) -> int:
+    return max(0, int(seconds * 1000))

@@ -1,0 +1,69 @@
+"""A gateway process: the service with health and reflection, from its first request to its last."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from folkmoot.gateway.journal import JournalReader
+from folkmoot.gateway.pb import gateway_pb2, gateway_pb2_grpc
+from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.service import FolkmootService
+from folkmoot.gateway.settings import GatewaySettings
+from folkmoot.gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Folkmoot"].full_name
+
+
+async def serve(
+    settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] = lambda address: None
+) -> None:
+    """Serve until `stop` is set; then refuse new calls, and let streams finish for `shutdown_s`.
+
+    `on_listening` gets the address with the real port (for a `listen` that ends with :0).
+    The store may be away at the start: calls answer UNAVAILABLE until it is there. Raises RuntimeError where the
+    address cannot be bound.
+    """
+    store = Store(settings.redis, settings.namespace)
+    queue = RequestQueue(store, settings.queue)
+    server = grpc.aio.server(options=_options(settings))
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        async with JournalReader(queue, f"gateway-{secrets.token_hex(6)}").running() as reader:
+            service = FolkmootService(settings, queue, reader)
+            gateway_pb2_grpc.add_FolkmootServicer_to_server(service, server)
+            port = server.add_insecure_port(settings.listen)
+            await server.start()
+            await _say(checks, health_pb2.HealthCheckResponse.SERVING)
+            on_listening(f"{settings.listen.rpartition(':')[0]}:{port}")
+            await stop.wait()
+            log.info("stopping: streams may finish for %g s", settings.shutdown_s)
+            await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await server.stop(settings.shutdown_s)
+    finally:
+        await server.stop(0)
+        await store.close()
+
+
+async def _say(checks: health.aio.HealthServicer, state: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+    for name in ("", SERVICE):
+        await checks.set(name, state)
+
+
+def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.so_reuseport", 1),  # several gateway processes may share one port
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ]

@@ -1,0 +1,214 @@
+"""The six calls of the service. Each is: validate, one step on the queue, answer or stream."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from typing import Any, NoReturn
+
+import grpc
+
+from folkmoot.gateway import status
+from folkmoot.gateway.errors import GatewayError, StoreError, UnknownRequest
+from folkmoot.gateway.journal import JournalReader, Stream
+from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.pb import gateway_pb2_grpc
+from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
+from folkmoot.gateway.settings import GatewaySettings
+from folkmoot.gateway.validate import InvalidRequest, check, choose_model, estimate_tokens
+
+log = logging.getLogger(__name__)
+
+MODELS_FRESH_S = 1.0  # how long a gateway trusts its copy of the model records
+
+LATE = status.Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
+    """`folkmoot.v1.Folkmoot` on one queue. See gateway.proto for what each call promises."""
+
+    def __init__(self, settings: GatewaySettings, queue: RequestQueue, reader: JournalReader) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._reader = reader
+        self._models: dict[str, ModelRecord] = {}
+        self._models_read_s = -MODELS_FRESH_S
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        """Submit, then stream until the last piece."""
+        try:
+            submission = await self._accept(request, context.time_remaining())
+            stream = self._reader.open(submission.request_id)
+            try:
+                await self._queue.submit(submission)
+            except BaseException:
+                stream.close()
+                raise
+        except (GatewayError, InvalidRequest) as e:
+            await _abort(context, status.of(e))
+        stream.live = True
+        ends_s = time.monotonic() + submission.remaining_s
+        try:
+            await self._stream(stream, context, ends_s, submission.request_id)
+        except asyncio.CancelledError:
+            self._left(request.on_disconnect, submission.request_id, late=time.monotonic() >= ends_s)
+            raise
+        finally:
+            stream.close()
+
+    async def Follow(self, request: pb.FollowRequest, context: Context) -> None:
+        """Stream an existing request; cancelling this call leaves it alone."""
+        try:
+            stream = await self._reader.follow(request.request_id, request.offset)
+        except GatewayError as e:
+            await _abort(context, status.of(e))
+        try:
+            await self._stream(stream, context, time.monotonic() + self._settings.max_request_s, request.request_id)
+        finally:
+            stream.close()
+
+    async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.RequestStatus:
+        """One look at a request."""
+        try:
+            return await self._queue.status(request.request_id)
+        except GatewayError as e:
+            await _abort(context, status.of(e))
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        """End a request."""
+        try:
+            return pb.CancelResponse(was_running=await self._queue.cancel(request.request_id))
+        except GatewayError as e:
+            await _abort(context, status.of(e))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """All models with their engines and load."""
+        try:
+            return pb.ListModelsResponse(models=await self._list_models())
+        except GatewayError as e:
+            await _abort(context, status.of(e))
+
+    async def GetClusterStatus(
+        self, request: pb.GetClusterStatusRequest, context: Context
+    ) -> pb.GetClusterStatusResponse:
+        """The cluster's document as it is, and the models."""
+        try:
+            document = await self._queue.cluster_status()
+            return pb.GetClusterStatusResponse(json=document, models=await self._list_models())
+        except GatewayError as e:
+            await _abort(context, status.of(e))
+
+    # ----------------------------------------------------------------------------------------- behind it
+
+    async def _accept(self, request: pb.GenerateRequest, call_remaining_s: float | None) -> Submission:
+        """Validated, with id, cost and budget of time. Raises InvalidRequest, StoreError."""
+        model = choose_model(request, await self._known_models(request.model))
+        check(request, model)
+        request.model = model.name
+        if not request.request_id:
+            request.request_id = secrets.token_hex(12)
+        budget_s = self._settings.max_request_s
+        if request.HasField("timeout_s"):
+            budget_s = min(budget_s, request.timeout_s)
+        if call_remaining_s is not None and request.on_disconnect != pb.DETACH:
+            budget_s = min(budget_s, call_remaining_s)
+        return Submission(
+            request_id=request.request_id,
+            model=model.name,
+            request=request,
+            cost=estimate_tokens(request, model, self._settings.default_answer_tokens),
+            remaining_s=budget_s,
+            grace_s=0.0 if request.on_disconnect == pb.DETACH else self._settings.grace_s,
+            gateway=self._reader.gateway,
+        )
+
+    async def _stream(self, stream: Stream, context: Context, ends_s: float, request_id: str) -> None:
+        """Write all pieces; then end the call as the last piece says."""
+        try:
+            async with asyncio.timeout(ends_s - time.monotonic()):
+                piece = await self._write_pieces(stream, context, request_id)
+        except TimeoutError:
+            self._keep(self._settle_late(request_id))
+            await _abort(context, LATE)
+        except UnknownRequest as e:
+            await _abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
+        if piece.finish.code:
+            await _abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
+
+    async def _write_pieces(self, stream: Stream, context: Context, request_id: str) -> pb.GenerateResponse:
+        first = asyncio.ensure_future(anext(stream))
+        try:
+            done, _ = await asyncio.wait((first,), timeout=self._settings.accept_after_s)
+            if not done:
+                await context.write(pb.GenerateResponse(request_id=request_id, offset=stream.position))
+            piece = await first
+        finally:
+            first.cancel()
+        piece.request_id = request_id
+        await context.write(piece)
+        while not piece.HasField("finish"):
+            piece = await anext(stream)
+            await context.write(piece)
+        return piece
+
+    def _left(self, on_disconnect: "pb.OnDisconnect", request_id: str, *, late: bool) -> None:
+        """The client of a Generate call is gone."""
+        if late:
+            self._keep(self._settle_late(request_id))
+        elif on_disconnect in (pb.ON_DISCONNECT_UNSPECIFIED, pb.CANCEL):
+            self._keep(self._cancel_quietly(request_id))
+
+    async def _cancel_quietly(self, request_id: str) -> None:
+        try:
+            await self._queue.cancel(request_id, "the call was cancelled")
+        except GatewayError as e:  # nobody attends to it any more, so the grace period ends it
+            log.warning("cancelling %s: %s", request_id, e)
+
+    async def _settle_late(self, request_id: str) -> None:
+        try:
+            await self._reader.attend([request_id])
+        except StoreError as e:  # whoever touches it next ends it
+            log.warning("ending %s: %s", request_id, e)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _known_models(self, wanted: str) -> dict[str, ModelRecord]:
+        age_s = time.monotonic() - self._models_read_s
+        if age_s > MODELS_FRESH_S or wanted not in self._models:
+            self._models = await self._queue.models()
+            self._models_read_s = time.monotonic()
+        return self._models
+
+    async def _list_models(self) -> list[pb.Model]:
+        engines = list((await self._queue.engines()).values())
+        models = []
+        for name, record in sorted((await self._queue.models()).items()):
+            load = await self._queue.load(name)
+            models.append(
+                pb.Model(
+                    name=name,
+                    max_model_len=record.max_model_len,
+                    vocab_size=record.vocab_size,
+                    max_logprobs=record.max_logprobs,
+                    num_engines=engines.count(name),
+                    load=pb.QueueLoad(
+                        waiting_requests=load.waiting_requests,
+                        waiting_tokens=load.waiting_tokens,
+                        running_requests=load.running_requests,
+                        running_tokens=load.running_tokens,
+                    ),
+                )
+            )
+        return models
+
+
+async def _abort(context: Context, what: status.Status) -> NoReturn:
+    await context.abort(what.code, what.message, what.trailing)
+    raise AssertionError("abort returned")

@@ -1,0 +1,83 @@
+"""How each error looks to a client: gRPC status, message, and google.rpc details. The one place that decides it.
+
+    InvalidRequest    INVALID_ARGUMENT    BadRequest: every field with its limit
+    QueueFull         RESOURCE_EXHAUSTED  RetryInfo, and trailing metadata `retry-after-ms`
+    StoreUnavailable  UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`; ErrorInfo.reason says which
+    StoreRefused      INTERNAL            ErrorInfo
+    UnknownRequest    NOT_FOUND
+    RequestIdTaken    ALREADY_EXISTS
+"""
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from folkmoot.gateway import errors
+from folkmoot.gateway.validate import InvalidRequest
+
+DOMAIN = "folkmoot"
+STORE_RETRY_MS = 1000
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+REASONS: dict[type[errors.StoreError], str] = {
+    errors.StoreAway: "STORE_AWAY",
+    errors.StoreLoading: "STORE_LOADING",
+    errors.StoreReadOnly: "STORE_READ_ONLY",
+    errors.StoreFull: "STORE_OUT_OF_MEMORY",
+    errors.StoreRefused: "STORE_REFUSED",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `context.abort` takes."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing: tuple[tuple[str, str | bytes], ...] = ()
+
+
+def of(error: errors.GatewayError | InvalidRequest) -> Status:
+    """The status for an error of this package."""
+    text = str(error)
+    match error:
+        case InvalidRequest():
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+                for field, description in error.faults
+            ]
+            details = error_details_pb2.BadRequest(field_violations=violations)
+            return _status(grpc.StatusCode.INVALID_ARGUMENT, text, details)
+        case errors.QueueFull():
+            return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, error.retry_after_ms, "QUEUE_FULL")
+        case errors.StoreUnavailable():
+            return _retry(grpc.StatusCode.UNAVAILABLE, text, STORE_RETRY_MS, REASONS[type(error)])
+        case errors.UnknownRequest():
+            return _status(grpc.StatusCode.NOT_FOUND, text)
+        case errors.RequestIdTaken():
+            return _status(grpc.StatusCode.ALREADY_EXISTS, text)
+        case errors.StoreError():
+            return _status(grpc.StatusCode.INTERNAL, text, _info(REASONS[type(error)]))
+    return _status(grpc.StatusCode.INTERNAL, text)
+
+
+def _retry(code: grpc.StatusCode, message: str, after_ms: int, reason: str) -> Status:
+    delay = Duration(seconds=after_ms // 1000, nanos=after_ms % 1000 * 1_000_000)
+    status = _status(code, message, error_details_pb2.RetryInfo(retry_delay=delay), _info(reason))
+    return Status(code, message, (*status.trailing, ("retry-after-ms", str(after_ms))))
+
+
+def _info(reason: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
+
+
+def _status(code: grpc.StatusCode, message: str, *details: Message) -> Status:
+    if not details:
+        return Status(code, message)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return Status(code, message, (("grpc-status-details-bin", status.SerializeToString()),))

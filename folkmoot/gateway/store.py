@@ -1,0 +1,141 @@
+"""The connection to Redis or Valkey: scripts by hash, errors translated in one place, subscriptions that come back."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import redis.asyncio as aioredis
+from redis import exceptions as rex
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from folkmoot.gateway import errors, scripts
+from folkmoot.gateway.keys import Keys
+
+log = logging.getLogger(__name__)
+
+OnMessage = Callable[[str, bytes], None]  # channel, payload
+OnConnect = Callable[[], Awaitable[None]]
+
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns redis-py's errors into ours; every one of them, so that callers need to know only errors.py."""
+    try:
+        yield
+    except rex.BusyLoadingError as e:
+        raise errors.StoreLoading("the request store is loading its data from disk") from e
+    except (rex.AuthenticationError, rex.AuthorizationError, rex.NoPermissionError) as e:
+        raise errors.StoreRefused(f"the request store refused access: {e}") from e
+    except (rex.ReadOnlyError, rex.ClusterDownError) as e:
+        raise errors.StoreReadOnly(f"the request store takes no writes now: {e}") from e
+    except rex.OutOfMemoryError as e:
+        raise errors.StoreFull("the request store is out of memory") from e
+    except (rex.ConnectionError, rex.TimeoutError, OSError) as e:
+        raise errors.StoreAway(f"the request store does not answer: {e}") from e
+    except rex.ResponseError as e:
+        raise _from_reply(str(e)) from e
+    except rex.RedisError as e:
+        raise errors.StoreRefused(f"the request store failed: {e}") from e
+
+
+def _from_reply(message: str) -> errors.StoreError:
+    # Errors inside a script arrive as plain replies, whose first word may stand behind a prefix.
+    if "OOM" in message or "out of memory" in message:
+        return errors.StoreFull("the request store is out of memory")
+    if "READONLY" in message or "MASTERDOWN" in message or "NOREPLICAS" in message or "MISCONF" in message:
+        return errors.StoreReadOnly(f"the request store takes no writes now: {message}")
+    if "LOADING" in message:
+        return errors.StoreLoading("the request store is loading its data from disk")
+    if "BUSY" in message:
+        return errors.StoreAway(f"the request store is busy: {message}")
+    return errors.StoreRefused(f"the request store refused a command: {message}")
+
+
+class Store:
+    """One store, by URL (redis://, rediss://, unix://; any Redis 7+ or Valkey). Belongs to one event loop."""
+
+    def __init__(self, url: str, namespace: str = "folkmoot") -> None:
+        self.keys = Keys(namespace)
+        self._client = _client(url, ANSWER_TIMEOUT_S)
+        self._listener = _client(url, None)  # a subscription may be silent for long
+        self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in scripts.ALL.items()}
+
+    async def run(self, script: str, *args: bytes | str | int) -> Any:
+        """Run one of scripts.ALL in one round trip. Raises StoreError."""
+        with translated():
+            try:
+                return await self._client.execute_command("EVALSHA", self._hashes[script], 1, self.keys.root, *args)
+            except rex.NoScriptError:  # first use, or the store was restarted
+                return await self._client.execute_command("EVAL", scripts.ALL[script], 1, self.keys.root, *args)
+
+    async def command(self, *args: bytes | str | int) -> Any:
+        """Run one plain command, with the reply as it comes (bytes, int, lists). Raises StoreError."""
+        with translated():
+            return await self._client.execute_command(*args)
+
+    @asynccontextmanager
+    async def subscribed(
+        self, channels: Sequence[str], on_message: OnMessage, on_connect: OnConnect
+    ) -> AsyncIterator[None]:
+        """Calls `on_message(channel, payload)` for what is published, for as long as the block runs.
+
+        `on_connect` runs each time the subscription stands (again): what was published in between is lost, so
+        it must look for itself. Entering does not wait for the store.
+        """
+        task = asyncio.create_task(self._listen(channels, on_message, on_connect))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _listen(
+        self, channels: Sequence[str], on_message: OnMessage, on_connect: OnConnect
+    ) -> None:
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                async with self._listener.pubsub() as pubsub:
+                    await pubsub.subscribe(*channels)
+                    standing = 0
+                    async for message in pubsub.listen():
+                        if message["type"] == "message":
+                            on_message(message["channel"].decode(), message["data"])
+                        elif message["type"] == "subscribe":
+                            standing += 1
+                            if standing == len(channels):
+                                backoff_s = BACKOFF_FIRST_S
+                                await on_connect()
+            except (rex.RedisError, OSError, errors.StoreError) as e:
+                log.warning("subscription lost (%s), again in %.2f s", e, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+        await self._listener.aclose()
+
+    def __repr__(self) -> str:  # without the password
+        return f"Store(namespace={self.keys.namespace!r})"
+
+
+def _client(url: str, answer_timeout_s: float | None) -> "aioredis.Redis":
+    keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    return aioredis.Redis.from_url(
+        url,
+        protocol=2,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=answer_timeout_s,
+        retry=Retry(NoBackoff(), 0),  # whoever calls knows better whether to try again
+        **keepalive,
+    )
