@@ -83,8 +83,8 @@ def load(checkpoint: str, dtype: str, **extra: Any) -> Any:
     )  # fmt: skip
 
 
-def monolithic(checkpoint: str, dtype: str, num_tokens: int = 16) -> dict[str, Any]:
-    return generate(load(checkpoint, dtype), num_tokens)
+def monolithic(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> dict[str, Any]:
+    return generate(load(checkpoint, dtype, **extra), num_tokens)
 
 
 def hosted(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def engine_parameters(llm: Any) -> dict[str, int]:
     sizes = {"meta": 0, "held": 0, "held_routed": 0}
     for name, parameter in model.named_parameters():
         sizes["meta" if parameter.is_meta else "held"] += parameter.nbytes
-        if not parameter.is_meta and "routed_experts" in name:
+        if not parameter.is_meta and "routed_experts" in name and parameter.ndim > 1:
             sizes["held_routed"] += parameter.nbytes
     return sizes
 

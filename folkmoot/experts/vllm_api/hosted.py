@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from folkmoot.experts.vllm_api.checkpoint import ExpertTensor, count_experts, describe, expert_tensors, read_experts
-from folkmoot.experts.vllm_api.runtime import engine_config, ensure_world, prepare_cpu, register_eagerly
+from folkmoot.experts.vllm_api.runtime import engine_config, prepare_cpu, register_eagerly, world_of_one
 
 # Names under which Hugging Face configurations keep the number of routed experts.
 _COUNT_NAMES = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
@@ -38,8 +38,9 @@ class LayerKernel:
         self.hidden_size = hidden_size
         self.num_slots: int = module.moe_config.num_local_experts
         self.dtype = dtype
-        self.device = next(module.parameters()).device
-        self.bytes = sum(p.nbytes for p in module.parameters())
+        held = [p for p in module.parameters() if not p.is_meta]  # a gate's bias may be listed here too, on meta
+        self.device = held[0].device
+        self.bytes = sum(p.nbytes for p in held)
         self._padded_size: int = module.moe_config.hidden_dim
         self._ones = torch.ones(256, 1, dtype=torch.float32, device=self.device)
         self._write = _direct_kernel(module)
@@ -100,8 +101,7 @@ def load_experts(
     if device == "cpu":
         prepare_cpu()
     config = engine_config(checkpoint, dtype=dtype)
-    with set_current_vllm_config(config), torch.inference_mode():
-        ensure_world()
+    with set_current_vllm_config(config), world_of_one(), torch.inference_mode():
         model, modules = _build(config, {layer: len(ids) for layer, ids in wanted.items()}, torch.device(device))
         for layer, ids in wanted.items():
             with _expert_count(config, len(ids)):

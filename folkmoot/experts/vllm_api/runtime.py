@@ -2,12 +2,15 @@
 
 import importlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
     init_distributed_environment,
     initialize_model_parallel,
     model_parallel_is_initialized,
@@ -61,15 +64,24 @@ def engine_config(checkpoint: Path, *, dtype: str) -> VllmConfig:
     return arguments.create_engine_config()
 
 
-def ensure_world() -> None:
-    """A world of this process alone, unless there is one already (an engine's). Needs a current vLLM configuration."""
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """A distributed world of this process alone while open, unless there is one already (an engine's).
+
+    Needs a current vLLM configuration. Building a model asks for a world, running experts does not; and an open one
+    keeps 45 threads that wake up a hundred times a second.
+    """
     if model_parallel_is_initialized():
+        yield
         return
-    with tempfile.NamedTemporaryFile(prefix="folkmoot-world-", delete=False) as meeting_point:
-        pass
-    init_distributed_environment(1, 0, f"file://{meeting_point.name}", 0, "gloo")
-    initialize_model_parallel(1, 1)
-    Path(meeting_point.name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="folkmoot-world-") as folder:
+        try:
+            init_distributed_environment(1, 0, f"file://{folder}/meeting-point", 0, "gloo")
+            initialize_model_parallel(1, 1)
+            yield
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
 
 def prepare_cpu() -> None:
