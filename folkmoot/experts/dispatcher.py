@@ -97,7 +97,7 @@ class Shape:
 
     @property
     def dtype_name(self) -> str:
-        """"bfloat16", "float32" or "float16"."""
+        """ "bfloat16", "float32" or "float16"."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -216,7 +216,7 @@ class Dispatcher:
         shared: Callable[[], torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size = self.config.max_tokens
-        parts = zip(x.split(size), topk_weights.split(size), topk_ids.split(size), strict=True)
+        parts = zip(*(torch.split(t, size) for t in (x, topk_weights, topk_ids)), strict=True)
         routed = torch.cat([self.forward(layer, *part)[0] for part in parts])
         return routed, shared() if shared is not None else None
 

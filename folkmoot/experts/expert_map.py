@@ -86,7 +86,7 @@ class ExpertMap:
 
 def empty(moe_layers: Iterable[int], num_experts: int) -> ExpertMap:
     """A map of version 0 in which no logical expert has a replica yet."""
-    return ExpertMap(layers=MappingProxyType({n: ((),) * num_experts for n in moe_layers}))
+    return ExpertMap(layers=MappingProxyType(dict.fromkeys(moe_layers, ((),) * num_experts)))
 
 
 def lookup(expert_map: ExpertMap, layer: int, expert: int) -> tuple[Replica, ...]:
@@ -178,5 +178,7 @@ def _check(expert_map: ExpertMap) -> None:
                 if r.host not in expert_map.hosts:
                     raise ExpertMapError(f"layer {n}, expert {e}: host {r.host!r} is not in the map")
                 if r.slot < 0 or (r.host, r.slot) in taken:
-                    raise ExpertMapError(f"layer {n}, expert {e}: slot {r.slot} of host {r.host!r} is taken or negative")
+                    raise ExpertMapError(
+                        f"layer {n}, expert {e}: slot {r.slot} of host {r.host!r} is taken or negative"
+                    )
                 taken.add((r.host, r.slot))

@@ -1,8 +1,8 @@
 """The side channel by which a dispatcher gets new expert maps and tells what it saw.
 
 A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
-thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host", "incarnation",
-"reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}.
+thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host",
+"incarnation", "reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}.
 """
 
 import json

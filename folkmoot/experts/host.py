@@ -6,6 +6,7 @@ that no engine's sending ever blocks behind a host's. Connections are accepted a
 """
 
 import collections
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -216,10 +217,8 @@ class ExpertServer:
         if not 0 < header.rows <= header.pairs <= hello.max_rows:
             raise WireError(f"{header.rows} rows for {header.pairs} pairs, of at most {hello.max_rows}")
         end = wire.align(header.rows * areas.row_bytes)
-        if header.flags & wire.FLAG_SUM:
-            expected = end + 3 * wire.align(header.pairs * 4)
-        else:
-            expected = end + header.pairs * 4
+        column = header.pairs * 4
+        expected = end + (3 * wire.align(column) if header.flags & wire.FLAG_SUM else column)
         if header.payload_bytes != expected or (header.rows != header.pairs and not header.flags):
             raise WireError(f"{header.payload_bytes} bytes of payload instead of {expected}")
         return self.kernels[header.layer]
@@ -246,7 +245,9 @@ class ExpertServer:
             raw, fd = wire.receive_line(sock)
             hello = self._check_hello(raw)
             connection = (
-                _ShmConnection(sock, hello, fd) if hello.transport == "shm" else _TcpConnection(sock, hello, self._bring)
+                _ShmConnection(sock, hello, fd)
+                if hello.transport == "shm"
+                else _TcpConnection(sock, hello, self._bring)
             )
             wire.send_line(sock, {"ok": True})
         except (OSError, WireError, TypeError, ValueError) as e:
@@ -392,7 +393,7 @@ class _TcpConnection:
         """Serve until the peer is gone or breaks the protocol."""
         self._sock.settimeout(None)
         head = bytearray(wire.HEADER_BYTES)
-        request, reply = memoryview(self.areas.request), memoryview(self.areas.reply)
+        request, reply = self.areas.request.data, self.areas.reply.data
         seq = 0
         try:
             while True:
@@ -411,10 +412,8 @@ class _TcpConnection:
         except WireError as e:
             log.info("connection of %s ends: %s", self.areas.hello.engine, e)
             text = str(e).encode()[:1024]
-            try:
+            with contextlib.suppress(OSError):
                 self._sock.sendall(Header(wire.ERROR, 0, seq, 0, 0, 0, 0, 0, 0, len(text)).pack() + text)
-            except OSError:
-                pass
         except OSError as e:
             log.info("connection of %s broke: %s", self.areas.hello.engine, e)
         finally:
@@ -432,7 +431,5 @@ class _TcpConnection:
 
 
 def _try_send(sock: socket.socket, message: dict[str, str]) -> None:
-    try:
+    with contextlib.suppress(OSError):
         wire.send_line(sock, message)
-    except OSError:
-        pass

@@ -60,7 +60,7 @@ def connect(address: HostAddress, hello: Hello, itemsize: int, timeout_s: float)
 
 
 def choose_transport(address: HostAddress, own_node: str, setting: str) -> str:
-    """"shm" where the peer shares our node and listens there, else "tcp"; a setting other than "auto" decides."""
+    """ "shm" where the peer shares our node and listens there, else "tcp"; a setting other than "auto" decides."""
     if setting != "auto":
         return setting
     return "shm" if address.node == own_node and address.unix_path else "tcp"
@@ -151,7 +151,7 @@ class TcpLink:
         self._request = np.empty(size.request, np.uint8)
         self._reply = np.empty(size.reply, np.uint8)
         self.request, self.reply = self._request.ctypes.data, self._reply.ctypes.data
-        self._out, self._in = memoryview(self._request), memoryview(self._reply)
+        self._out, self._in = self._request.data, self._reply.data
         self._header = bytearray(wire.HEADER_BYTES)
 
     def post(self, header: Header) -> None:

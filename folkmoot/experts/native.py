@@ -52,9 +52,7 @@ _int, _ptr = c_int32, c_void_p
 
 post = _function(_library, "fm_post", None, _ptr, _int)
 wait = _function(_library, "fm_wait", _int, _ptr, _int, c_int64, c_int64)
-route = _function(
-    _library, "fm_route", _int, _ptr, _int, _int, _ptr, _int, _int, _ptr, _int, *([_ptr] * 7)
-)
+route = _function(_library, "fm_route", _int, _ptr, _int, _int, _ptr, _int, _int, _ptr, _int, *([_ptr] * 7))
 pack = _function(_library, "fm_pack", None, _ptr, c_int64, _int, _int, *([_ptr] * 4), _int, _ptr, _ptr)
 collect = _function(_library, "fm_collect", None, _int, _ptr, _ptr, _ptr, _int, _ptr, c_int64, _ptr)
 combine = _function(_library, "fm_combine", None, _ptr, _int, _int, _int, c_int64, _ptr, _ptr)

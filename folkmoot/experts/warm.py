@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A control message longer than this is refused: the largest real one is an expert map of a few megabytes."""
+
+OPENMP: Mapping[str, str] = {}
+"""How OpenMP waits in engines and hosts that share a machine's cores: benchmarks/throughput.py measures it."""
 
 
 class WarmParentError(RuntimeError):
@@ -144,16 +147,26 @@ class WarmParent:
             raise WarmParentError(f"the warm parent at {self.socket_path} could not start {entry}: {e}") from e
 
 
-def start(socket_path: Path, log_path: Path, *, modules: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def start(
+    socket_path: Path,
+    log_path: Path,
+    *,
+    modules: Sequence[str] = (),
+    environment: Mapping[str, str] = OPENMP,
+) -> subprocess.Popen[bytes]:
     """Start a warm parent as a child of this process; it ends when this process does. Use `connect` to wait for it.
 
-    It imports vLLM, or only `modules` where some are named.
+    It imports vLLM, or only `modules` where some are named. OpenMP reads its variables when it is loaded, so they are
+    set here for all children: `environment` stands beside what the caller's own environment says, which comes first.
     """
     socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(log_path, "ab") as out:
         command = [sys.executable, "-m", "folkmoot.experts.warm", "--socket", str(socket_path), "--with-parent"]
         command += [word for name in modules for word in ("--import", name)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True)
+        variables = {**environment, **os.environ}
+        return subprocess.Popen(
+            command, env=variables, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+        )
 
 
 def connect(socket_path: Path, timeout_s: float = 120.0) -> WarmParent:
