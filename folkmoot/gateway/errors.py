@@ -1,16 +1,17 @@
 """What can go wrong in queue and journal. Nothing of redis-py's own errors gets past `store.translated`.
 
-    GatewayError
-    ├── StoreError                 the store did not do it; nothing is known to have happened
-    │   ├── StoreUnavailable       retry later, it heals
-    │   │   ├── StoreAway          no connection, or no answer in time
-    │   │   ├── StoreLoading       it is reading its data from disk
-    │   │   ├── StoreReadOnly      a replica, or a cluster that is failing over
-    │   │   └── StoreFull          out of memory (maxmemory)
-    │   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
-    ├── QueueFull                  admission refused; carries a retry hint
-    ├── UnknownRequest             no such id, or its journal has expired
-    └── RequestIdTaken             the id is in use for other content
+GatewayError
+├── StoreError                 the store did not do it; nothing is known to have happened
+│   ├── StoreUnavailable       retry later, it heals
+│   │   ├── StoreAway          no connection, or no answer in time
+│   │   ├── StoreLoading       it is reading its data from disk
+│   │   ├── StoreReadOnly      a replica, or a cluster that is failing over
+│   │   └── StoreFull          out of memory (maxmemory)
+│   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
+├── QueueFull                  admission refused; carries a retry hint
+├── UnknownRequest             no such id, or its journal has expired
+├── RequestIdTaken             the id is in use for other content
+└── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
 """
 
 
@@ -69,3 +70,10 @@ class RequestIdTaken(GatewayError):
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request_id {request_id!r} is already in use for a request of other content")
         self.request_id = request_id
+
+
+class GatewayStopping(GatewayError):
+    """This gateway shuts down; the request runs on."""
+
+    def __init__(self) -> None:
+        super().__init__("this gateway is shutting down; follow the request at another one")

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from folkmoot.gateway.errors import GatewayError, StoreError, UnknownRequest
+from folkmoot.gateway.errors import GatewayError, GatewayStopping, StoreError, UnknownRequest
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import journal_pb2
 from folkmoot.gateway.queue import RequestQueue
@@ -70,6 +70,10 @@ class Stream:
                 return False
             piece.usage.completion_tokens = piece.offset + size
             piece.usage.prompt_tokens = piece.usage.prompt_tokens or self._prompt_tokens
+            if size and piece.offset + size <= self.position:  # only its finish is news
+                for name in ("token_ids", "text", "logprobs"):
+                    piece.ClearField(name)
+                piece.offset, size = self.position, 0
         self._prompt_tokens = piece.usage.prompt_tokens or self._prompt_tokens
         self.position = piece.offset + size
         self._pieces.append(piece)
@@ -132,6 +136,12 @@ class JournalReader:
             others.discard(stream)
             if not others:
                 del self._streams[stream.request_id]
+
+    def stop(self) -> None:
+        """End all streams with GatewayStopping."""
+        for streams in self._streams.values():
+            for stream in streams:
+                stream.fail(GatewayStopping())
 
     async def attend(self, request_ids: Iterable[str]) -> None:
         """Say that clients wait for these requests; ends those past their deadline; fills gaps. Raises StoreError."""

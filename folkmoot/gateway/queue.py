@@ -274,7 +274,7 @@ class RequestQueue:
     async def models(self) -> dict[str, ModelRecord]:
         """All known models, also those that no engine serves just now."""
         flat = await self.store.command("HGETALL", self.store.keys.models)
-        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+        pairs = zip(flat[::2], flat[1::2], strict=True)
         return {name.decode(): ModelRecord(**json.loads(record)) for name, record in pairs}
 
     async def engines(self) -> dict[str, str]:

@@ -118,7 +118,9 @@ end
 """
 
 # ARGV: gateway, then 13 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
-SUBMIT = PRELUDE + """
+SUBMIT = (
+    PRELUDE
+    + """
 local gateway = ARGV[1]
 local out, woken = {}, {}
 for i = 2, #ARGV, 13 do
@@ -157,10 +159,13 @@ end
 for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
 return out
 """
+)
 
 # ARGV: model, engine, max requests, max tokens, lease ms, max attempts, claim (1: also look for expired leases).
 # Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
-LEASE = PRELUDE + """
+LEASE = (
+    PRELUDE
+    + """
 local model, engine = ARGV[1], ARGV[2]
 local room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease_ms, max_attempts, claim = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
@@ -228,9 +233,12 @@ end
 flush()
 return out
 """
+)
 
 # ARGV: engine, then pairs id, epoch. Returns per lease: held | lost | done.
-RENEW = PRELUDE + """
+RENEW = (
+    PRELUDE
+    + """
 local engine = ARGV[1]
 local out = {}
 for i = 2, #ARGV, 2 do
@@ -248,10 +256,13 @@ end
 flush()
 return out
 """
+)
 
 # ARGV: per append: id, epoch, offset, number of tokens, payload, last (0 or 1).
 # Returns per append: ok | lost | done | gap.
-APPEND = PRELUDE + """
+APPEND = (
+    PRELUDE
+    + """
 local out = {}
 for i = 1, #ARGV, 6 do
   local id, epoch, offset = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
@@ -283,10 +294,13 @@ end
 flush()
 return out
 """
+)
 
 # Gives leases back. ARGV: engine, max attempts, then per lease id, epoch, error ('' = the attempt is not counted).
 # Returns per lease: requeued | buried | lost | done.
-RELEASE = PRELUDE + """
+RELEASE = (
+    PRELUDE
+    + """
 local engine, max_attempts = ARGV[1], tonumber(ARGV[2])
 local out, woken = {}, {}
 for i = 3, #ARGV, 3 do
@@ -314,9 +328,12 @@ for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'a
 flush()
 return out
 """
+)
 
 # ARGV: id, reason. Returns unknown | done | cancelled.
-CANCEL = PRELUDE + """
+CANCEL = (
+    PRELUDE
+    + """
 local r = read(ARGV[1])
 if not r then return 'unknown' end
 if over(ARGV[1], r) then flush() return 'done' end
@@ -324,9 +341,12 @@ close(ARGV[1], r, r.next, finish(CANCELLED, 1, ARGV[2]), 0)
 flush()
 return 'cancelled'
 """
+)
 
 # What a gateway does for its open streams once a second. ARGV: ids. Returns per id: next, done (0 or 1); -1, 1 if gone.
-ATTEND = PRELUDE + """
+ATTEND = (
+    PRELUDE
+    + """
 local out = {}
 for i = 1, #ARGV do
   local r = read(ARGV[i])
@@ -344,9 +364,12 @@ end
 flush()
 return out
 """
+)
 
 # Starts watching. ARGV: gateway ('' = only read), id, offset. Returns nil, or journal payloads from that offset on.
-FOLLOW = PRELUDE + """
+FOLLOW = (
+    PRELUDE
+    + """
 local gateway, id, offset = ARGV[1], ARGV[2], ARGV[3]
 local r = read(id)
 if not r then return false end
@@ -362,9 +385,12 @@ for _, item in ipairs(redis.call('XRANGE', journal_key(id), from and from[1] or 
 end
 return out
 """
+)
 
 # ARGV: model, engine, heartbeat ms, record JSON. Also clears consumers of engines long gone.
-REGISTER = PRELUDE + """
+REGISTER = (
+    PRELUDE
+    + """
 local model, engine, beat_ms, record = unpack(ARGV)
 redis.call('ZADD', root .. ':engines', now + beat_ms, engine)
 redis.call('HSET', root .. ':engine-models', engine, model)
@@ -381,6 +407,7 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', root .. ':engines', '-inf', no
 end
 return now
 """
+)
 
 ALL = {
     "submit": SUBMIT,

@@ -18,6 +18,7 @@ from folkmoot.gateway.store import Store
 
 log = logging.getLogger(__name__)
 
+CUT_S = 2.0  # for the last words to streams that did not finish in time
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Folkmoot"].full_name
 
 
@@ -39,7 +40,7 @@ async def serve(
     try:
         async with JournalReader(queue, f"gateway-{secrets.token_hex(6)}").running() as reader:
             service = FolkmootService(settings, queue, reader)
-            gateway_pb2_grpc.add_FolkmootServicer_to_server(service, server)
+            gateway_pb2_grpc.add_FolkmootServicer_to_server(service, server)  # type: ignore[no-untyped-call]
             port = server.add_insecure_port(settings.listen)
             await server.start()
             await _say(checks, health_pb2.HealthCheckResponse.SERVING)
@@ -47,13 +48,16 @@ async def serve(
             await stop.wait()
             log.info("stopping: streams may finish for %g s", settings.shutdown_s)
             await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
-            await server.stop(settings.shutdown_s)
+            ending = asyncio.create_task(server.stop(settings.shutdown_s + CUT_S))
+            await asyncio.wait((ending,), timeout=settings.shutdown_s)
+            reader.stop()
+            await ending
     finally:
         await server.stop(0)
         await store.close()
 
 
-async def _say(checks: health.aio.HealthServicer, state: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+async def _say(checks: health.aio.HealthServicer, state: int) -> None:
     for name in ("", SERVICE):
         await checks.set(name, state)
 

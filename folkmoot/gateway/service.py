@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from folkmoot.gateway import status
-from folkmoot.gateway.errors import GatewayError, StoreError, UnknownRequest
+from folkmoot.gateway.errors import GatewayError, GatewayStopping, StoreError, UnknownRequest
 from folkmoot.gateway.journal import JournalReader, Stream
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
@@ -44,7 +44,9 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             submission = await self._accept(request, context.time_remaining())
             stream = self._reader.open(submission.request_id)
             try:
-                await self._queue.submit(submission)
+                if not await self._queue.submit(submission):  # a second try: what it has missed stands in the journal
+                    stream.close()
+                    stream = await self._reader.follow(submission.request_id)
             except BaseException:
                 stream.close()
                 raise
@@ -136,6 +138,8 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             await _abort(context, LATE)
         except UnknownRequest as e:
             await _abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
+        except GatewayStopping as e:
+            await _abort(context, status.of(e))
         if piece.finish.code:
             await _abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
 

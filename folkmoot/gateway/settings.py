@@ -15,7 +15,7 @@ class GatewaySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     listen: str = "127.0.0.1:50051"
-    redis: str = Field("redis://127.0.0.1:6379", repr=False, description="may hold a password")
+    redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379"  # may hold a password
     namespace: str = "folkmoot"
     queue: QueueSettings = QueueSettings()
     max_message_bytes: Annotated[int, Field(ge=1024)] = 8 << 20

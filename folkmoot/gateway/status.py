@@ -1,11 +1,12 @@
 """How each error looks to a client: gRPC status, message, and google.rpc details. The one place that decides it.
 
-    InvalidRequest    INVALID_ARGUMENT    BadRequest: every field with its limit
-    QueueFull         RESOURCE_EXHAUSTED  RetryInfo, and trailing metadata `retry-after-ms`
-    StoreUnavailable  UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`; ErrorInfo.reason says which
-    StoreRefused      INTERNAL            ErrorInfo
-    UnknownRequest    NOT_FOUND
-    RequestIdTaken    ALREADY_EXISTS
+InvalidRequest    INVALID_ARGUMENT    BadRequest: every field with its limit
+QueueFull         RESOURCE_EXHAUSTED  RetryInfo, and trailing metadata `retry-after-ms`
+StoreUnavailable  UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`; ErrorInfo.reason says which
+StoreRefused      INTERNAL            ErrorInfo
+UnknownRequest    NOT_FOUND
+RequestIdTaken    ALREADY_EXISTS
+GatewayStopping   UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from folkmoot.gateway.validate import InvalidRequest
 
 DOMAIN = "folkmoot"
 STORE_RETRY_MS = 1000
+STOPPING_RETRY_MS = 100
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 REASONS: dict[type[errors.StoreError], str] = {
@@ -55,6 +57,8 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
             return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, error.retry_after_ms, "QUEUE_FULL")
         case errors.StoreUnavailable():
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STORE_RETRY_MS, REASONS[type(error)])
+        case errors.GatewayStopping():
+            return _retry(grpc.StatusCode.UNAVAILABLE, text, STOPPING_RETRY_MS, "GATEWAY_STOPPING")
         case errors.UnknownRequest():
             return _status(grpc.StatusCode.NOT_FOUND, text)
         case errors.RequestIdTaken():

@@ -64,7 +64,7 @@ class Store:
 
     def __init__(self, url: str, namespace: str = "folkmoot") -> None:
         self.keys = Keys(namespace)
-        self._client = _client(url, ANSWER_TIMEOUT_S)
+        self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in scripts.ALL.items()}
 
@@ -98,9 +98,7 @@ class Store:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _listen(
-        self, channels: Sequence[str], on_message: OnMessage, on_connect: OnConnect
-    ) -> None:
+    async def _listen(self, channels: Sequence[str], on_message: OnMessage, on_connect: OnConnect) -> None:
         backoff_s = BACKOFF_FIRST_S
         while True:
             try:
@@ -131,7 +129,7 @@ class Store:
 
 def _client(url: str, answer_timeout_s: float | None) -> "aioredis.Redis":
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
-    return aioredis.Redis.from_url(
+    client = aioredis.Redis.from_url(
         url,
         protocol=2,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
@@ -139,3 +137,5 @@ def _client(url: str, answer_timeout_s: float | None) -> "aioredis.Redis":
         retry=Retry(NoBackoff(), 0),  # whoever calls knows better whether to try again
         **keepalive,
     )
+    client.response_callbacks.clear()  # replies as the store sends them, whatever shape the library would give them
+    return client

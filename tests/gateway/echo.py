@@ -37,7 +37,7 @@ def text_of(tokens: list[int]) -> str:
 
 
 class EchoEngine:
-    """Leases and answers until it is left. `step_s`: pause before each token; `paused`: takes leases, writes nothing."""
+    """Leases and answers until it is left. `step_s`: pause before each token."""
 
     def __init__(
         self, queue: RequestQueue, name: str = "engine-1", step_s: float = 0.0, room: int = 64, chunk: int = 1
