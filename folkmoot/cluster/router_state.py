@@ -41,7 +41,9 @@ class HostState:
     address: HostAddress | None = None
     bytes: int = 0
     load_s: float = 0.0
+    requests: int = 0
     rows: int = 0
+    busy_s: float = 0.0
     reason: str | None = None
 
     @property
@@ -73,8 +75,14 @@ class RouterState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every host that was wanted is up or given up: only then is a map worth publishing the first time."""
+        """Whether every host that was wanted is up or given up."""
         return all(h.phase not in (Phase.WANTED, Phase.STARTING) for h in self.hosts.values())
+
+    @property
+    def is_publishable(self) -> bool:
+        """Whether engines should see the map: it is complete, or as complete as it gets for now."""
+        placed = bool(self.hosts) or self.num_columns == 0
+        return placed and (self.is_settled or not maps.missing(self.expert_map))
 
 
 def initial(moe_layers: tuple[int, ...], num_columns: int, replicas: int) -> RouterState:
@@ -87,9 +95,10 @@ def initial(moe_layers: tuple[int, ...], num_columns: int, replicas: int) -> Rou
 
 @dataclass(frozen=True)
 class HostsOffered:
-    """There are slots for expert hosts: place what the map lacks on them."""
+    """There are slots for expert hosts: place what the map lacks on them. Incarnations will be above `since`."""
 
     slots: tuple[HostSlot, ...]
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,14 @@ class HostReaped:
 
 
 @dataclass(frozen=True)
-class RowsServed:
-    """An engine's dispatcher got this many rows from each host since it last said so."""
+class HostLoad:
+    """What a host has done since its start: requests, rows, and seconds spent computing."""
 
-    counts: Mapping[str, int]
+    host: str
+    incarnation: int
+    requests: int
+    rows: int
+    busy_s: float
 
 
 @dataclass(frozen=True)
@@ -156,15 +169,15 @@ class VersionSeen:
 
 
 Event: TypeAlias = (
-    HostsOffered | HostStarting | HostReady | HostDied | HostReaped | RowsServed | EngineReported | VersionSeen
+    HostsOffered | HostStarting | HostReady | HostDied | HostReaped | HostLoad | EngineReported | VersionSeen
 )
 
 
 def apply(event: Event, state: RouterState) -> RouterState:
     """The state after an event. Events about unknown hosts or former incarnations leave it as it is."""
     match event:
-        case HostsOffered(slots):
-            return _offer(slots, state)
+        case HostsOffered(slots, since):
+            return _offer(slots, since, state)
         case HostStarting(host, incarnation):
             if host not in state.hosts or state.hosts[host].phase is not Phase.WANTED:
                 return state
@@ -174,15 +187,13 @@ def apply(event: Event, state: RouterState) -> RouterState:
         case HostDied(host, incarnation, reason):
             return _died(host, incarnation, reason, state)
         case HostReaped(host, incarnation):
-            known = state.hosts.get(host)
-            if known is None or known.incarnation != incarnation or known.phase is not Phase.DEAD:
+            if not _is_current(state, host, incarnation) or state.hosts[host].phase is not Phase.DEAD:
                 return state
             return _set_host(state, host, phase=Phase.REAPED)
-        case RowsServed(counts):
-            for host, rows in counts.items():
-                if host in state.hosts:
-                    state = _set_host(state, host, rows=state.hosts[host].rows + rows)
-            return state
+        case HostLoad(host, incarnation, requests, rows, busy_s):
+            if not _is_current(state, host, incarnation):
+                return state
+            return _set_host(state, host, requests=requests, rows=rows, busy_s=busy_s)
         case EngineReported(engine, phase, pid, info):
             engines = {**state.engines, engine: EngineState(engine, phase, pid, info)}
             return replace(state, engines=MappingProxyType(engines))
@@ -192,12 +203,12 @@ def apply(event: Event, state: RouterState) -> RouterState:
             return replace(state, expert_map=replace(state.expert_map, version=version + 1))
 
 
-def _offer(slots: tuple[HostSlot, ...], state: RouterState) -> RouterState:
+def _offer(slots: tuple[HostSlot, ...], since: int, state: RouterState) -> RouterState:
     """Place the columns that lack replicas on the slots; a slot that is known already keeps what it has."""
     held = {h.host: h.columns for h in state.hosts.values() if not h.is_gone}
     added = assign(state.num_columns, slots, state.replicas, held)
     new = {
-        slot.host: HostState(slot.host, slot.node, added[slot.host])
+        slot.host: HostState(slot.host, slot.node, added[slot.host], incarnation=since)
         for slot in slots
         if slot.host not in state.hosts and added[slot.host]
     }
@@ -213,7 +224,7 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         return state
     host = HostState(
         event.host,
-        event.address.node,
+        known.node if known else event.address.node,
         event.columns,
         Phase.READY,
         event.incarnation,
@@ -222,7 +233,6 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         event.address,
         event.bytes,
         event.load_s,
-        known.rows if known else 0,
     )
     placement = as_placement(event.columns, state.moe_layers)
     expert_map = maps.add_host(state.expert_map, event.address, placement)
@@ -234,13 +244,16 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
 
 
 def _died(host: str, incarnation: int, reason: str, state: RouterState) -> RouterState:
-    known = state.hosts.get(host)
-    if known is None or known.incarnation != incarnation or known.is_gone:
+    if not _is_current(state, host, incarnation) or state.hosts[host].is_gone:
         return state
     state = _set_host(state, host, phase=Phase.DEAD, reason=reason)
     if host not in state.expert_map.hosts:
         return state
     return replace(state, expert_map=maps.remove_host(state.expert_map, host))
+
+
+def _is_current(state: RouterState, host: str, incarnation: int) -> bool:
+    return host in state.hosts and state.hosts[host].incarnation == incarnation
 
 
 def _set_host(state: RouterState, host: str, **changes: Any) -> RouterState:

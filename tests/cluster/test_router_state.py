@@ -8,6 +8,7 @@ from folkmoot.cluster.router_state import (
     EngineReported,
     Event,
     HostDied,
+    HostLoad,
     HostReady,
     HostReaped,
     HostsOffered,
@@ -15,7 +16,6 @@ from folkmoot.cluster.router_state import (
     Phase,
     ReapHost,
     RouterState,
-    RowsServed,
     StartHost,
     VersionSeen,
     apply,
@@ -114,9 +114,33 @@ def test_a_restarted_router_learns_from_actors_and_counts_on() -> None:
     assert plan(apply(HostsOffered(SLOTS), state)) == ()
 
 
-def test_rows_add_up_and_unknown_hosts_are_ignored() -> None:
-    state = apply(RowsServed({"h0": 5, "gone": 1}), apply(RowsServed({"h0": 2}), running()))
-    assert (state.hosts["h0"].rows, state.hosts["h1"].rows) == (7, 0)
+def test_loads_are_kept_and_those_of_unknown_hosts_or_former_lives_ignored() -> None:
+    state = running()
+    state = apply(HostLoad("h0", 1, 3, 5, 0.1), state)
+    assert apply(HostLoad("gone", 1, 9, 9, 9.0), state) is state
+    assert apply(HostLoad("h0", 0, 9, 9, 9.0), state) is state
+    assert (state.hosts["h0"].rows, state.hosts["h1"].rows) == (5, 0)
+
+
+def test_the_map_is_published_once_it_is_complete() -> None:
+    state = after(HostsOffered(SLOTS))
+    assert not state.is_publishable
+    for host in ("h0", "h1"):
+        state = apply(HostStarting(host, 1), state)
+    assert apply(ready("h0", (0, 1, 2, 3)), state).is_publishable, "one replica of everything is enough to begin"
+    assert not apply(ready("h0", (0, 1)), state).is_publishable
+    assert apply(HostDied("h1", 1, "no memory"), apply(ready("h0", (0, 1)), state)).is_publishable
+
+
+def test_incarnations_start_above_what_the_shell_says() -> None:
+    state = after(HostsOffered(SLOTS, since=100))
+    assert [a.incarnation for a in plan(state)] == [101, 101]
+
+
+def test_a_dense_model_needs_no_host() -> None:
+    state = initial((), 0, 1)
+    assert state.is_publishable
+    assert plan(state) == ()
 
 
 def test_engines_report_themselves() -> None:
@@ -135,7 +159,7 @@ EVENTS = st.one_of(
         st.just("killed"),
     ),
     st.builds(HostReaped, st.sampled_from(["h0", "h1", "h2"]), st.integers(1, 3)),
-    st.builds(RowsServed, st.dictionaries(st.sampled_from(["h0", "h2"]), st.integers(0, 9))),
+    st.builds(HostLoad, st.sampled_from(["h0", "h2"]), st.integers(1, 3), st.just(1), st.just(2), st.just(0.5)),
     st.builds(VersionSeen, st.integers(0, 30)),
 )
 

@@ -1,0 +1,480 @@
+"""The `folkmoot` command. Each command's --help shows how it is used."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from folkmoot.cluster import interrupts
+from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
+from folkmoot.cluster.placement import PlacementError
+from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.gateway.client_errors import FolkmootError
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DETACH_POLL_S = 0.1
+DOWN_TIMEOUT_S = 60.0
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """An error that is shown as one paragraph, without a traceback; exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        errors.print(f"[bold red]error:[/] {self.message}", markup=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="folkmoot")
+def main() -> None:
+    """Serve mixture-of-experts models with the routed experts outside the engine, as Ray actors.
+
+    \b
+    First steps:
+      folkmoot demo                         see it work, and survive the loss of an expert host
+      folkmoot up --model demo              start a cluster here; Ctrl-C ends it
+      folkmoot chat                         talk to it (in another terminal)
+      folkmoot status                       what runs where, and how loaded it is
+    """
+
+
+def _named(command: F) -> F:
+    command = click.option("--name", default="default", show_default=True, help="which cluster, if several run here")(
+        command
+    )
+    return click.option("--state-dir", type=click.Path(path_type=Path), help="where state and logs lie")(command)
+
+
+def _gateway(command: F) -> F:
+    return click.option(
+        "--gateway", metavar="HOST:PORT", help="a gateway anywhere, instead of the cluster started here"
+    )(_named(command))
+
+
+def _sampling(command: F) -> F:
+    for option in (
+        click.option("--seed", type=int, help="same seed, same answer"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="end where this text comes; may be repeated"),
+        click.option("--top-k", type=int, help="only the k likeliest tokens"),
+        click.option("--top-p", type=float, help="only the likeliest tokens that sum up to p"),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token"),
+        click.option("--max-tokens", type=int, default=256, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
+@click.option("--engines", type=click.IntRange(1), default=UpOptions.engines, show_default=True, help="vLLM engines")
+@click.option(
+    "--hosts",
+    type=click.IntRange(1),
+    help="expert hosts to spread the experts over  [default: 2, or as many as --replicas]",
+)
+@click.option(
+    "--experts-per-host",
+    type=click.IntRange(1),
+    metavar="K",
+    help="instead of --hosts: experts (of every layer) a host holds",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=UpOptions.replicas,
+    show_default=True,
+    help="copies of each expert, each on another host",
+)
+@click.option(
+    "--placement",
+    type=click.Choice(["spread", "pack"]),
+    default=UpOptions.placement,
+    show_default=True,
+    help="hosts over nodes",
+)
+@click.option(
+    "--listen",
+    default=UpOptions.listen,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="the gateway's address; port 0 takes a free one",
+)
+@click.option("--redis", metavar="URL", help="request store (Redis 7+ or Valkey)  [default: an embedded one]")
+@click.option(
+    "--address", metavar="ADDRESS", help='join a running Ray cluster ("auto" or HOST:PORT)  [default: a local Ray]'
+)
+@click.option(
+    "--max-model-len", type=click.IntRange(2), help="longest prompt and answer in tokens  [default: the model's]"
+)
+@click.option(
+    "--max-num-seqs",
+    type=click.IntRange(1),
+    default=UpOptions.max_num_seqs,
+    show_default=True,
+    help="requests an engine runs at once",
+)
+@click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
+@click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")
+@click.option(
+    "--kv-cache-gib",
+    type=float,
+    default=UpOptions.kv_cache_gib,
+    show_default=True,
+    help="KV cache of each engine, on a CPU",
+)
+@click.option("--seed", type=int, default=UpOptions.seed, show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "shm", "tcp"]),
+    default=UpOptions.transport,
+    show_default=True,
+    help="how rows travel",
+)
+@click.option(
+    "--combine",
+    type=click.Choice(["rows", "sum"]),
+    default=UpOptions.combine,
+    show_default=True,
+    help="rows: the answer does not depend on the placement; sum: fewer bytes come back",
+)
+@click.option(
+    "--cpus-per-host",
+    type=float,
+    default=UpOptions.cpus_per_host,
+    show_default=True,
+    help="share of a CPU that Ray reserves for an expert host",
+)
+@click.option("--gpus-per-host", type=float, default=UpOptions.gpus_per_host, show_default=True)
+@click.option("--detach", is_flag=True, help="run in the background; return when it is ready")
+@click.option("--timings", is_flag=True, help="say when each part was ready")
+@_named
+def up(detach: bool, timings: bool, **options: Any) -> None:
+    """Start a cluster: request store, gateway, Ray, expert hosts, engines.
+
+    Runs in the foreground, and ends everything with Ctrl-C.
+
+    \b
+    Examples:
+      folkmoot up --model demo
+      folkmoot up --model demo --hosts 4 --replicas 2        lose any host, and go on
+      folkmoot up --model ~/models/mixtral --experts-per-host 1 --detach
+      folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
+    """
+    chosen = UpOptions(**options)
+    if chosen.hosts is not None and chosen.experts_per_host is not None:
+        raise click.UsageError("--hosts and --experts-per-host exclude each other")
+    state = _run_detached(chosen) if detach else _run_foreground(chosen, timings)
+    if state is not None:
+        _print_ready(state, timings)
+
+
+def _run_foreground(options: UpOptions, timings: bool) -> None:
+    """Start, say so, watch until a signal, and end everything, whatever happens."""
+    progress = _Progress()
+    supervisor = Supervisor(options, progress.tell)
+    failure: str | None = "it ended unexpectedly"
+    interrupts.raise_on_signals()
+    try:
+        with progress:
+            state = supervisor.start()
+        _print_ready(state, timings)
+        failure = None
+        supervisor.watch()
+    except interrupts.Interrupted:
+        failure = None
+        console.print("stopping")
+    except (StartError, AlreadyRunning, PlacementError, RuntimeError, OSError) as e:
+        failure = str(e)
+        raise Failure(str(e)) from e
+    finally:
+        interrupts.ignore_signals()
+        supervisor.stop(failure)
+
+
+def _run_detached(options: UpOptions) -> ClusterState:
+    """Start `folkmoot up` in the background, and wait until it is ready."""
+    folder = StateFolder(options.name, options.state_dir)
+    if folder.is_held():
+        folder.acquire()  # says who holds it
+    folder.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder.logs / "up.log"
+    arguments = [a for a in sys.argv[1:] if a != "--detach"]
+    with open(log, "wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "folkmoot.cluster.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    interrupts.raise_on_signals()
+    try:
+        with _Progress() as progress:
+            while child.poll() is None:
+                state = folder.read()
+                if state is not None and state.pid == child.pid:
+                    if state.phase == "ready":
+                        return state
+                    progress.tell(state.message)
+                time.sleep(DETACH_POLL_S)
+    except interrupts.Interrupted:
+        child.terminate()
+        child.wait()
+        raise Failure("interrupted; nothing is left running") from None
+    state = folder.read()
+    message = state.message if state is not None and state.pid == child.pid else log.read_text(errors="replace").strip()
+    raise Failure(f"{message}\n(log: {log})")
+
+
+def _print_ready(state: ClusterState, timings: bool) -> None:
+    suffix = "" if state.name == "default" else f" --name {state.name}"
+    console.print(f"[bold green]ready[/]: model {state.model}, gateway {state.gateway}")
+    console.print(f'  folkmoot generate{suffix} "The capital of France is"')
+    console.print(f"  folkmoot status{suffix}")
+    if timings and state.timings_s:
+        console.print("  ready after (s): " + ", ".join(f"{part} {t:.1f}" for part, t in state.timings_s.items()))
+
+
+class _Progress:
+    """A spinner with the elapsed time on a terminal; elsewhere one line a change."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._status = console.status("starting") if console.is_terminal else None
+        self._active = False
+
+    def __enter__(self) -> "_Progress":
+        self._active = True
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+        if self._status is not None:
+            self._status.stop()
+
+    def tell(self, message: str) -> None:
+        elapsed = f"{time.monotonic() - self._began:5.1f} s"
+        if self._status is not None and self._active:
+            self._status.update(f"{elapsed}  {message}")
+        else:
+            console.print(f"{elapsed}  {message}")
+
+
+@main.command()
+@_named
+def down(name: str, state_dir: Path | None) -> None:
+    """Stop a cluster, and wait until all its processes are gone."""
+    folder = StateFolder(name, state_dir)
+    state = folder.read()
+    if not folder.is_held():
+        console.print(f"no cluster named {name!r} runs")
+        return
+    if state is None:
+        raise Failure(f"the cluster {name!r} is just starting; try again in a moment")
+    from folkmoot.cluster import processes
+
+    with console.status("stopping") if console.is_terminal else interrupts.nothing():
+        processes.kill([state.pid], interrupts.SIGTERM)
+        if processes.wait_gone([state.pid], DOWN_TIMEOUT_S):
+            processes.kill([state.pid])
+            raise Failure(f"process {state.pid} did not stop within {DOWN_TIMEOUT_S:.0f} s, and was killed")
+    console.print("stopped")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="the whole document, for programs")
+@_gateway
+def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool) -> None:
+    """Show engines, expert hosts, the expert map and the load.
+
+    \b
+    Examples:
+      folkmoot status
+      folkmoot status --json | jq .map.version
+    """
+    from folkmoot.cluster import status_view
+
+    with _client(gateway, name, state_dir) as client:
+        document = status_view.fetch(client)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        status_view.show(console, document)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--model", default="", help="which model, if several are served")
+@click.option("--chat/--raw", "as_chat", default=False, help="wrap the prompt in the model's chat template")
+@_sampling
+@_gateway
+def generate(
+    prompt: str, model: str, as_chat: bool, gateway: str | None, name: str, state_dir: Path | None, **sampling: Any
+) -> None:
+    """Continue PROMPT, and stream the answer.
+
+    \b
+    Examples:
+      folkmoot generate "The capital of France is" --max-tokens 20
+      folkmoot generate --chat "Who wrote Faust?" --temperature 0.7 --seed 1
+    """
+    options = {"model": model, **_given(sampling)}
+    question = {"messages": [{"role": "user", "content": prompt}]} if as_chat else {"prompt": prompt}
+    with _client(gateway, name, state_dir) as client:
+        for chunk in client.generate(**question, **options):
+            click.echo(chunk.text, nl=False)
+        click.echo()
+
+
+@main.command()
+@click.option("--model", default="", help="which model, if several are served")
+@click.option("--system", metavar="TEXT", help="what the model is told first")
+@_sampling
+@_gateway
+def chat(
+    model: str, system: str | None, gateway: str | None, name: str, state_dir: Path | None, **sampling: Any
+) -> None:
+    """Talk to the model; an empty line or Ctrl-D ends it, Ctrl-C cuts an answer short.
+
+    \b
+    Example:
+      folkmoot chat --system "Answer in one sentence." --temperature 0.7
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    with _client(gateway, name, state_dir) as client:
+        while text := _ask():
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            try:
+                for chunk in client.generate(messages=messages, model=model, **_given(sampling)):
+                    answer += chunk.text
+                    click.echo(chunk.text, nl=False)
+            except KeyboardInterrupt:
+                pass
+            click.echo()
+            messages.append({"role": "assistant", "content": answer})
+
+
+@main.command()
+@click.option("--requests", "num_requests", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="requests under way at once")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--model", default="", help="which model, if several are served")
+@click.option("--json", "as_json", is_flag=True, help="flat JSON, for programs")
+@_gateway
+def bench(
+    num_requests: int,
+    concurrency: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    model: str,
+    as_json: bool,
+    gateway: str | None,
+    name: str,
+    state_dir: Path | None,
+) -> None:
+    """Measure a running cluster: tokens/s, time to first token, time between tokens.
+
+    \b
+    Example:
+      folkmoot bench --requests 64 --concurrency 16
+    """
+    from folkmoot.cluster import bench as measure
+
+    address = gateway or _address(name, state_dir)
+    load = measure.Load(num_requests, concurrency, prompt_tokens, max_tokens, model)
+    with console.status(f"{num_requests} requests") if console.is_terminal else interrupts.nothing():
+        figures = _translated(lambda: measure.run(address, load))
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        measure.show(console, load, figures)
+
+
+@main.command()
+@click.option("--hosts", type=click.IntRange(2), default=2, show_default=True)
+@click.option("--state-dir", type=click.Path(path_type=Path), help="where state and logs lie")
+def demo(hosts: int, state_dir: Path | None) -> None:
+    """Real English out of experts in other processes; one of them is killed, and the tokens stay the same.
+
+    Starts a cluster of its own (2 replicas of each expert), asks three questions, kills an expert host in the middle
+    of an answer, compares, and cleans up. About a minute; the first time one more, to make the model.
+    """
+    from folkmoot.cluster import demo as demonstration
+
+    interrupts.raise_on_signals()
+    try:
+        succeeded = demonstration.run(console, hosts, state_dir)
+    except interrupts.Interrupted:
+        raise Failure("interrupted; nothing is left running") from None
+    except (StartError, AlreadyRunning, PlacementError, FolkmootError) as e:
+        raise Failure(str(e)) from e
+    sys.exit(0 if succeeded else 1)
+
+
+class _client:
+    """A gRPC client of the chosen gateway, whose errors are shown as one paragraph."""
+
+    def __init__(self, gateway: str | None, name: str, state_dir: Path | None) -> None:
+        from folkmoot.gateway.client import Client
+
+        self._client = Client(gateway or _address(name, state_dir), reconnect_s=5.0)
+
+    def __enter__(self) -> Any:
+        return self._client
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._client.close()
+        if isinstance(error, FolkmootError):
+            raise Failure(f"{error.code}: {error}") from error
+
+
+def _translated(work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    try:
+        return work()
+    except FolkmootError as e:
+        raise Failure(f"{e.code}: {e}") from e
+
+
+def _address(name: str, state_dir: Path | None) -> str:
+    """The gateway of the cluster of this name. Raises Failure that says what to type."""
+    folder = StateFolder(name, state_dir)
+    state = folder.read()
+    if not folder.is_held() or state is None:
+        raise Failure("no cluster runs here: start one with `folkmoot up --model demo`, or give --gateway HOST:PORT")
+    if state.gateway is None:
+        raise Failure(f"the cluster is not ready yet ({state.message})")
+    host, _, port = state.gateway.rpartition(":")
+    return f"{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{port}"
+
+
+def _given(sampling: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in sampling.items()
+        if value not in (None, ())
+    }
+
+
+def _ask() -> str:
+    try:
+        text: str = console.input("[bold]you:[/] ")
+    except (EOFError, KeyboardInterrupt):
+        return ""
+    return text.strip()
+
+
+if __name__ == "__main__":
+    main()

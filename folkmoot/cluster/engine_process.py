@@ -1,0 +1,181 @@
+"""The engine process: vLLM's AsyncLLM between the request queue and the expert hosts. Forked by the warm parent.
+
+vLLM's core is forked from this process in turn, so nothing is imported twice; the executor runs inside the core
+(one process). This process tokenises, leases and journals; the core runs the model, and its dispatcher sends rows to
+expert hosts. Expert maps come over the control channel and go to the dispatcher over a unix socket of their own.
+"""
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from folkmoot.cluster.map_feed import MapFeedServer
+from folkmoot.experts.expert_map import ExpertMap, missing
+from folkmoot.experts.warm import Control, exit_with_owner
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+REPORT_EVERY_S = 1.0
+STORE_PAUSE_S = 0.5
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine process is told at its start. Unknown keys are an error. `feed` None: a dense model."""
+
+    engine: str
+    model_path: str
+    model: str
+    architecture: str
+    redis: str
+    store_namespace: str
+    feed: str | None
+    dtype: str
+    device: str
+    max_model_len: int | None
+    max_num_seqs: int
+    seed: int
+    kv_cache_gib: float
+    transport: str
+    combine: str
+    grace_s: float
+
+
+class MapState:
+    """The latest map as this process knows it: passes it on, and says whether every expert has a replica."""
+
+    def __init__(self, spec: EngineSpec, control: Control) -> None:
+        self.is_complete = spec.feed is None
+        self._feed = MapFeedServer(Path(spec.feed), control.send) if spec.feed is not None else None
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        """From the owner: {"map": {...}}."""
+        if self._feed is not None and "map" in message:
+            self._feed.publish(message["map"])
+            self.is_complete = not missing(ExpertMap.from_json(json.dumps(message["map"])))
+
+
+def main(raw: dict[str, Any], control: Control) -> None:
+    """Entry point in a process forked by the warm parent: load the model, report ready, serve until told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    spec = EngineSpec(**raw)
+    maps = MapState(spec, control)
+    exit_with_owner(control, maps.on_message)
+    _set_environment(spec)
+    _tie_core_to_us(control)
+    asyncio.run(_serve(spec, control, maps))
+
+
+def _set_environment(spec: EngineSpec) -> None:
+    """vLLM and our plugin read these, here and in the core."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # on a CPU it decides only that the executor is in-process
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    if spec.feed is not None:
+        config = {"engine": spec.engine, "feed": spec.feed, "transport": spec.transport, "combine": spec.combine}
+        os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
+
+
+def _tie_core_to_us(control: Control) -> None:
+    """A forked core dies with this process, and does not hold its control channel open."""
+    libc = ctypes.CDLL(None)
+
+    def in_child() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.close(control.fileno())
+
+    os.register_at_fork(after_in_child=in_child)
+
+
+async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
+    began = time.monotonic()
+    llm = _load(spec)
+    from folkmoot.cluster.generation import Generator
+    from folkmoot.cluster.prompts import Preparer
+    from folkmoot.gateway.holder import LeaseHolder
+    from folkmoot.gateway.queue import ModelRecord, RequestQueue
+    from folkmoot.gateway.store import Store
+
+    generator = Generator(
+        llm, Preparer(llm, _has_tokenizer(spec)), spec.max_num_seqs, lambda: maps.is_complete and not llm.errored
+    )
+    record = ModelRecord(
+        spec.model,
+        llm.model_config.max_model_len,
+        llm.model_config.get_vocab_size(),
+        llm.model_config.max_logprobs,
+        _has_tokenizer(spec),
+    )
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    queue = RequestQueue(Store(spec.redis, spec.store_namespace))
+    await _wait_for_map(maps, stopping)
+    async with LeaseHolder(queue, spec.engine, record, generator.on_ended) as holder:
+        load_s = time.monotonic() - began
+        log.info("serving %s, loaded in %.2f s", spec.model, load_s)
+        control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
+        reporting = asyncio.create_task(_report(control, generator))
+        try:
+            await generator.run(holder, stopping)
+            await generator.drain(spec.grace_s)
+        finally:
+            reporting.cancel()
+    llm.shutdown()
+
+
+def _load(spec: EngineSpec) -> Any:
+    """vLLM's AsyncLLM for the spec: one core process, forked from here, with its executor inside."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from folkmoot.experts import vllm_api
+    from folkmoot.experts.vllm_api.runtime import register_eagerly
+
+    register_eagerly(spec.architecture)
+    on_cpu = spec.device == "cpu"
+    arguments = AsyncEngineArgs(
+        model=spec.model_path,
+        served_model_name=spec.model,
+        dtype=spec.dtype,
+        seed=spec.seed,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        enforce_eager=on_cpu,
+        skip_tokenizer_init=not _has_tokenizer(spec),
+        kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if on_cpu else None,
+        disable_log_stats=True,
+        **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
+    )
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _has_tokenizer(spec: EngineSpec) -> bool:
+    return any((Path(spec.model_path) / name).exists() for name in TOKENIZER_FILES)
+
+
+async def _wait_for_map(maps: MapState, stopping: asyncio.Event) -> None:
+    while not maps.is_complete and not stopping.is_set():
+        await asyncio.sleep(0.02)
+
+
+async def _report(control: Control, generator: Any) -> None:
+    """Once a second, if anything has changed: what this engine has done."""
+    last: dict[str, Any] = {}
+    while True:
+        now = asdict(generator.counters)
+        if now != last:
+            control.send({"event": "load", **now})
+            last = now
+        await asyncio.sleep(REPORT_EVERY_S)

@@ -1,0 +1,198 @@
+"""The engine's loop: lease when there is room, generate, journal every token, hear of cancellations and deadlines.
+
+One task a request. All of them write to one `LeaseHolder`, which journals a whole step of vLLM in one round trip.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.exceptions import VLLMClientError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer
+from folkmoot.gateway.errors import StoreError
+from folkmoot.gateway.holder import LeaseHolder
+from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.queue import Held, Lease
+
+log = logging.getLogger(__name__)
+
+REASONS = {"stop": pb.STOP, "length": pb.LENGTH, "repetition": pb.STOP, "abort": pb.CANCELLED, "error": pb.ERROR}
+INTERNAL, DEADLINE_EXCEEDED = 13, 4
+STORE_PAUSE_S = 0.5
+
+
+@dataclass
+class Counters:
+    """What an engine has done since its start."""
+
+    running: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    failed: int = 0
+
+
+class Generator:
+    """Runs leased requests in vLLM. `may_lease` says whether new ones can be served now (the map is complete)."""
+
+    def __init__(self, llm: Any, preparer: Preparer, max_running: int, may_lease: Callable[[], bool]) -> None:
+        self._llm, self._preparer, self._max_running, self._may_lease = llm, preparer, max_running, may_lease
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._room = asyncio.Event()
+        self.counters = Counters()
+
+    def on_ended(self, lease: Lease, why: Held) -> None:
+        """The lease ended elsewhere (cancelled, deadline, taken over): drop the request."""
+        task = self._tasks.get((lease.request_id, lease.epoch))
+        if task is not None:
+            log.info("%s ended: %s", lease.request_id, why)
+            task.cancel()
+
+    async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:
+        """Lease and generate until `stopping`. Raises EngineDeadError once vLLM's core is dead."""
+        while not stopping.is_set():
+            if self._llm.errored:
+                raise EngineDeadError
+            room = self._max_running - len(self._tasks)
+            if room <= 0 or not self._may_lease():
+                self._room.clear()
+                await _first(self._room.wait(), stopping.wait(), timeout_s=STORE_PAUSE_S)
+                continue
+            try:
+                for lease in await _leased(holder, room, stopping):
+                    self._start(holder, lease)
+            except StoreError as e:
+                log.warning("no leases: %s", e)
+                await _first(stopping.wait(), timeout_s=STORE_PAUSE_S)
+
+    async def drain(self, grace_s: float) -> None:
+        """Let what runs finish for so long, then drop it."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=grace_s)
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    def _start(self, holder: LeaseHolder, lease: Lease) -> None:
+        key = (lease.request_id, lease.epoch)
+        task = asyncio.create_task(self._serve(holder, lease), name=f"{lease.request_id}/{lease.epoch}")
+        self._tasks[key] = task
+        self.counters.running = len(self._tasks)
+        self.counters.requests += 1
+        task.add_done_callback(lambda _: self._ended(key))
+
+    def _ended(self, key: tuple[str, int]) -> None:
+        self._tasks.pop(key, None)
+        self.counters.running = len(self._tasks)
+        self._room.set()
+
+    async def _serve(self, holder: LeaseHolder, lease: Lease) -> None:
+        """One request from lease to finish. Never raises: what goes wrong ends the request, or gives it back."""
+        try:
+            async with asyncio.timeout(lease.remaining_s):
+                prepared = await self._preparer.prepare(lease)
+                self.counters.prompt_tokens += prepared.num_prompt
+                await self._generate(holder, lease, prepared)
+        except TimeoutError:
+            finish = pb.Finish(reason=pb.DEADLINE, code=DEADLINE_EXCEEDED, message="the request's time is up")
+            holder.write(lease, pb.GenerateResponse(finish=finish))
+        except BadRequest as e:
+            holder.fail(lease, str(e), e.code)
+        except (VLLMClientError, ValueError) as e:
+            holder.fail(lease, f"vLLM refuses the request: {e}", INVALID_ARGUMENT)
+        except EngineDeadError:
+            log.error("vLLM's core is dead; %s goes back to the queue", lease.request_id)
+            self._room.set()
+            await _quietly(holder.release([lease], "the engine's core died"))
+        except Exception as e:
+            log.exception("%s failed", lease.request_id)
+            self.counters.failed += 1
+            holder.fail(lease, f"the engine failed: {type(e).__name__}: {e}", INTERNAL)
+
+    async def _generate(self, holder: LeaseHolder, lease: Lease, prepared: Prepared) -> None:
+        if prepared.params.max_tokens == 0:  # the engine before us was lost between the last token and the finish
+            usage = pb.Usage(prompt_tokens=prepared.num_prompt, completion_tokens=lease.offset)
+            holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
+            return
+        done, held_back = lease.offset, ""
+        request_id = f"{lease.request_id}/{lease.epoch}"
+        async for output in self._llm.generate(prepared.prompt, prepared.params, request_id):
+            piece = _piece(output, prepared.num_prompt, done)
+            piece.text = held_back + piece.text
+            if not piece.token_ids and not piece.HasField("finish"):
+                held_back = piece.text  # a journal entry needs a token
+                continue
+            held_back = ""
+            done += len(piece.token_ids)
+            self.counters.generated_tokens += len(piece.token_ids)
+            if not holder.write(lease, piece):
+                return
+
+
+def _piece(output: RequestOutput, num_prompt: int, done: int) -> pb.GenerateResponse:
+    """One step of one request, as it goes into the journal. `done` tokens went before."""
+    made = output.outputs[0]
+    piece = pb.GenerateResponse(token_ids=made.token_ids, text=made.text)
+    if made.logprobs:
+        piece.logprobs.extend(
+            _logprobs(entries, token) for token, entries in zip(made.token_ids, made.logprobs, strict=True)
+        )
+    if output.prompt_logprobs and not done:
+        chosen = output.prompt_token_ids or []
+        piece.prompt_logprobs.extend(
+            _logprobs(entries or {}, token) for token, entries in zip(chosen, output.prompt_logprobs, strict=True)
+        )
+    if output.finished:
+        piece.finish.CopyFrom(_finish(made))
+        piece.usage.prompt_tokens = num_prompt
+        piece.usage.completion_tokens = done + len(made.token_ids)
+    return piece
+
+
+def _logprobs(entries: Any, chosen: int) -> pb.TokenLogprobs:
+    """vLLM's {token id: Logprob}, the chosen token first, then by rank."""
+    order = sorted(entries.items(), key=lambda item: (item[0] != chosen, item[1].rank or 0))
+    return pb.TokenLogprobs(
+        entries=[
+            pb.Logprob(token_id=token, logprob=one.logprob, rank=one.rank or 0, token=one.decoded_token or "")
+            for token, one in order
+        ]
+    )
+
+
+def _finish(made: CompletionOutput) -> pb.Finish:
+    finish = pb.Finish(reason=REASONS.get(made.finish_reason or "", pb.ERROR))
+    if finish.reason == pb.ERROR:
+        finish.code, finish.message = INTERNAL, f"vLLM ended the request: {made.finish_reason}"
+    if isinstance(made.stop_reason, str):
+        finish.stop_string = made.stop_reason
+    elif isinstance(made.stop_reason, int):
+        finish.stop_token_id = made.stop_reason
+    return finish
+
+
+async def _leased(holder: LeaseHolder, room: int, stopping: asyncio.Event) -> list[Lease]:
+    """Leases, waiting a while for the first; none once `stopping` is set. Whatever was leased is never lost."""
+    leasing = asyncio.create_task(holder.lease(room))
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait({leasing, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    return await leasing
+
+
+async def _first(*waits: Any, timeout_s: float) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+async def _quietly(action: Any) -> None:
+    try:
+        await action
+    except StoreError as e:
+        log.warning("%s", e)

@@ -1,0 +1,309 @@
+"""`folkmoot up`: start everything in an order that overlaps what takes long, watch over it, and take it all down.
+
+warm parent (imports vLLM, the longest part)  ─────────────────────────┐
+request store, gateway                        ──┐                      │
+Ray ──> expert router ──> expert actors       ──┼── wait for the warm ─┴─> expert hosts ──┐
+     └> Serve ──> engine replicas             ──┘   parent, then fork   ─> engines      ──┴─> ready
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folkmoot.cluster import processes, ray_runtime, warm_files
+from folkmoot.cluster.placement import num_hosts_for
+from folkmoot.cluster.spec import ClusterSpec
+from folkmoot.cluster.state_file import ClusterState, StateFolder
+from folkmoot.gateway.embedded import EmbeddedStore
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from folkmoot.experts.vllm_api import ModelShape
+
+POLL_S = 0.1
+TEND_EVERY_S = 1.0
+GATEWAY_SHUTDOWN_S = 3.0
+
+Report = Callable[[str], None]
+
+
+class StartError(RuntimeError):
+    """The cluster did not come up. The message says why, and names the log to read."""
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """What `folkmoot up` was asked for; the command line takes its defaults from here."""
+
+    model: str
+    """checkpoint folder, or "demo" for the built-in model"""
+    name: str = "default"
+    engines: int = 1
+    hosts: int | None = None
+    """expert hosts; None: from experts_per_host, else as few as the replicas allow, at least two"""
+    experts_per_host: int | None = None
+    replicas: int = 1
+    placement: str = "spread"
+    listen: str = "127.0.0.1:50051"
+    redis: str | None = None
+    """URL of a request store; None: an embedded one"""
+    address: str | None = None
+    """address of a running Ray cluster; None: a local one"""
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    dtype: str = "auto"
+    device: str = "cpu"
+    kv_cache_gib: float = 1.0
+    seed: int = 0
+    transport: str = "auto"
+    combine: str = "rows"
+    cpus_per_host: float = 0.1
+    gpus_per_host: float = 0.0
+    state_dir: Path | None = None
+
+
+class Supervisor:
+    """One cluster from `start` to `stop`. `report` is told in a few words what is being waited for."""
+
+    def __init__(self, options: UpOptions, report: Report) -> None:
+        self.options = options
+        self.folder = StateFolder(options.name, options.state_dir)
+        self.spec: ClusterSpec | None = None
+        self._report = report
+        self._began = time.monotonic()
+        self._timings_s: dict[str, float] = {}
+        self._run_dir: Path | None = None
+        self._warm: subprocess.Popen[bytes] | None = None
+        self._store: EmbeddedStore | None = None
+        self._gateway: subprocess.Popen[bytes] | None = None
+        self._gateway_address: str | None = None
+        self._router: Any = None
+        self._state = ClusterState(options.name, "starting", os.getpid())
+        self._acquired = False
+
+    def start(self) -> ClusterState:
+        """Bring the cluster up; returns when the first request can be served. Raises StartError, AlreadyRunning."""
+        self.folder.acquire()
+        self._acquired = True
+        self._tell("reading the model")
+        model_path, shape = resolve_model(self.options.model, self._tell)
+        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
+        hosts = self._num_hosts(shape)
+        self._start_warm_parent()
+        self.spec = self._make_spec(model_path, shape, hosts, self._start_store())
+        self._start_gateway(self.spec)
+        self._tell("starting Ray")
+        ray_address = self._start_ray(self.spec)
+        self._mark("ray")
+        self._router = ray_runtime.start_router(self.spec)
+        deployment = ray_runtime.Deployment(self.spec)
+        self._wait_until_ready(self.spec, deployment)
+        self._mark("ready")
+        self._update(
+            phase="ready",
+            message="",
+            gateway=self._gateway_address,
+            model=self.spec.model,
+            ray_address=ray_address,
+            run_dir=str(self._run_dir),
+            timings_s=self._timings_s,
+        )
+        return self._state
+
+    def watch(self) -> None:
+        """Tend to the parts that Ray does not watch, for ever. Raises StartError if one cannot be brought back."""
+        while True:
+            time.sleep(TEND_EVERY_S)
+            assert self.spec is not None
+            if self._warm is not None and self._warm.poll() is not None:
+                self._report("the warm parent died; starting another one")
+                self._start_warm_parent()
+            if self._gateway is not None and self._gateway.poll() is not None:
+                self._report("the gateway died; starting another one")
+                self._start_gateway(self.spec, self._gateway_address)
+            if self._store is not None and self._store.pid is None:
+                self._report("the request store died; starting it again")
+                self._store.start()
+
+    def stop(self, failure: str | None = None) -> None:
+        """End everything that was started, in any state of the start, and leave no process behind."""
+        if not self._acquired:
+            return
+        with contextlib.suppress(OSError):
+            self._update(phase="failed" if failure else "stopping", message=failure or "stopping")
+        owned = [] if self._warm is None else processes.descendants(self._warm.pid)  # expert hosts and engines
+        if self._gateway is not None:
+            processes.stop(self._gateway)
+        with contextlib.suppress(Exception):
+            ray_runtime.tear_down(self.spec, joined=self.options.address is not None)
+        if self._warm is not None:
+            processes.stop(self._warm)
+        processes.kill(processes.wait_gone(owned, timeout_s=5.0))
+        if self._store is not None:
+            self._store.stop()
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+        self.folder.release()
+
+    def _num_hosts(self, shape: "ModelShape") -> int:
+        options = self.options
+        hosts = options.hosts
+        if hosts is None and options.experts_per_host is None and shape.num_experts:
+            hosts = max(options.replicas, min(2, shape.num_experts))
+        return num_hosts_for(
+            shape.num_experts, options.replicas, num_hosts=hosts, experts_per_host=options.experts_per_host
+        )
+
+    def _start_warm_parent(self) -> None:
+        assert self._run_dir is not None
+        self._warm = warm_files.start(self._run_dir / "warm.sock", self.folder.logs / "warm.log")
+
+    def _start_store(self) -> str:
+        """The request store's URL."""
+        if self.options.redis is not None:
+            return self.options.redis
+        self._store = EmbeddedStore(self.folder.store, port=0)
+        self._store.start()
+        return self._store.url if self.options.address is None else self._store.tcp_url
+
+    def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, redis: str) -> ClusterSpec:
+        options = self.options
+        same = ("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs")
+        same += ("kv_cache_gib", "seed", "transport", "combine")
+        return ClusterSpec(
+            model_path=str(model_path),
+            model="demo" if options.model == "demo" else model_path.name,
+            architecture=shape.architecture,
+            moe_layers=shape.moe_layers,
+            num_experts=shape.num_experts,
+            redis=redis,
+            store_namespace="folkmoot" if options.name == "default" else f"folkmoot-{options.name}",
+            run_dir=str(self._run_dir),
+            log_dir=str(self.folder.logs),
+            hosts=hosts,
+            host_cpus=options.cpus_per_host,
+            host_gpus=options.gpus_per_host,
+            **{name: getattr(options, name) for name in same},
+        )
+
+    def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
+        command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
+        command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
+        spec.log("gateway").unlink(missing_ok=True)
+        self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
+
+    def _start_ray(self, spec: ClusterSpec) -> str:
+        wanted = spec.hosts * spec.host_cpus + spec.engines * spec.engine_cpus
+        num_cpus = max(os.cpu_count() or 1, math.ceil(wanted))
+        assert self._run_dir is not None
+        num_gpus = math.ceil(spec.hosts * spec.host_gpus + spec.engines * spec.engine_gpus) or None
+        try:
+            return ray_runtime.connect(self.options.address, spec.namespace, self._run_dir / "ray", num_cpus, num_gpus)
+        except Exception as e:
+            raise StartError(f"Ray did not start: {e}") from e
+
+    def _wait_until_ready(self, spec: ClusterSpec, deployment: ray_runtime.Deployment) -> None:
+        import ray
+
+        while True:
+            self._check_processes(spec)
+            status = ray.get(self._router.status.remote())
+            _raise_failures(spec, status, deployment)
+            engines = sum(e["phase"] == "ready" for e in status["engines"])
+            hosts = sum(h["alive"] for h in status["hosts"])
+            if Path(spec.warm_socket).exists():
+                self._mark("warm")
+            if hosts == spec.hosts:
+                self._mark("hosts")
+            if engines == spec.engines:
+                self._mark("engines")
+                if self._gateway_address is not None and hosts == spec.hosts:
+                    return
+            self._tell(_waiting_for(spec, status, warm="warm" in self._timings_s))
+            time.sleep(POLL_S)
+
+    def _check_processes(self, spec: ClusterSpec) -> None:
+        """Raises StartError with the end of the log of what died."""
+        assert self._warm is not None and self._gateway is not None
+        if self._warm.poll() is not None:
+            raise StartError(f"importing vLLM failed:\n{processes.tail(spec.warm_log)}\n(log: {spec.warm_log})")
+        if self._gateway.poll() is not None:
+            log = spec.log("gateway")
+            raise StartError(f"the gateway did not start:\n{processes.tail(log, 5)}\n(log: {log})")
+        if self._gateway_address is None:
+            for line in spec.log("gateway").read_text(errors="replace").splitlines():
+                if line.startswith("listening on "):
+                    self._gateway_address = line.removeprefix("listening on ").strip()
+                    self._mark("gateway")
+
+    def _tell(self, message: str, fraction: float | None = None) -> None:
+        text = message if fraction is None else f"{message} ({fraction:.0%})"
+        if text != self._state.message:
+            self._update(message=text)
+            self._report(text)
+
+    def _mark(self, what: str) -> None:
+        self._timings_s.setdefault(what, round(time.monotonic() - self._began, 2))
+
+    def _update(self, **changes: Any) -> None:
+        self._state = self._state.with_(**changes)
+        self.folder.write(self._state)
+
+
+def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[Path, ModelShape]":
+    """The checkpoint folder and its shape; "demo" is made where it is not cached. Raises StartError."""
+    if model == "demo":
+        from folkmoot.cluster import demo_model
+
+        path = demo_model.ensure(progress=progress)
+    else:
+        path = Path(model).expanduser().resolve()
+        if not (path / "config.json").is_file():
+            raise StartError(f"{path} is not a checkpoint folder: it has no config.json")
+    from folkmoot.experts.vllm_api import describe
+
+    try:
+        return path, describe(path)
+    except (OSError, ValueError, KeyError) as e:
+        raise StartError(f"{path} cannot be read as a checkpoint: {e}") from e
+
+
+def _short_temp() -> str:
+    """Unix socket paths may have 107 bytes, and Ray's own are long."""
+    return "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else tempfile.gettempdir()
+
+
+def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_runtime.Deployment) -> None:
+    if status["error"]:
+        raise StartError(f"{status['error']} (log: Ray's, of the actor ExpertRouter)")
+    for host in status["hosts"]:
+        if host["reason"]:
+            raise StartError(f"{host['host']} did not start: {host['reason']} (log: {spec.log(host['host'])})")
+    for engine in status["engines"]:
+        if engine["phase"] == "dead":
+            log = Path(engine["log"])
+            raise StartError(f"an engine did not start: {engine.get('error')}\n{processes.tail(log)}\n(log: {log})")
+    if deployment.is_done and deployment.error is not None:
+        raise StartError(f"Ray Serve did not start the engines: {deployment.error}")
+
+
+def _waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
+    if not warm:
+        return "importing vLLM, once for all processes"
+    hosts = sum(h["alive"] for h in status["hosts"])
+    engines = sum(e["phase"] == "ready" for e in status["engines"])
+    parts = []
+    if hosts < spec.hosts:
+        parts.append(f"expert hosts ({hosts} of {spec.hosts} ready)")
+    if engines < spec.engines:
+        parts.append(f"engines ({engines} of {spec.engines} ready)")
+    return "loading " + " and ".join(parts) if parts else "waiting for the gateway"

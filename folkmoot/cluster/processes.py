@@ -1,0 +1,93 @@
+"""Small things about processes: end one for certain, tie a child to its parent, read the end of a log."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def start(
+    command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a child that is ended when the calling thread's process ends, however that happens. Call from the main thread."""
+    with open(log_path, "ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=None if environment is None else {**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
+            preexec_fn=_die_with_parent(),
+        )
+
+
+def _die_with_parent() -> Callable[[], None]:
+    libc = ctypes.CDLL(None)  # loaded before the fork: the child must not take locks
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM) and None
+
+
+def stop(process: "subprocess.Popen[bytes]", timeout_s: float = 10.0) -> None:
+    """SIGTERM, then SIGKILL once `timeout_s` has passed."""
+    process.terminate()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id runs (a zombie does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
+
+
+def descendants(pid: int) -> list[int]:
+    """All children of a process, their children, and so on, as they are now."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def wait_gone(pids: Iterable[int], timeout_s: float) -> list[int]:
+    """Wait until none of these processes runs; those that still do after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    left = [pid for pid in pids if is_alive(pid)]
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        left = [pid for pid in left if is_alive(pid)]
+    return left
+
+
+def kill(pids: Iterable[int], sig: int = signal.SIGKILL) -> None:
+    """Send a signal to each process that still runs."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sig)
+
+
+def tail(log_path: Path, lines: int = 15) -> str:
+    """The last lines of a log, for an error message."""
+    try:
+        return "\n".join(log_path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return "(no log)"

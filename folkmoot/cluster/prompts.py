@@ -1,0 +1,133 @@
+"""From a request of the queue to what vLLM takes: token ids and sampling parameters. Bad requests are told apart here.
+
+The model's own tokenizer and chat template live in the engine, so only it can say how long a prompt is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMClientError
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind
+
+from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.queue import Lease, sampling_fields
+
+ABORTED, INVALID_ARGUMENT = 10, 3
+
+
+class BadRequest(Exception):
+    """The request cannot be served, by any engine: `code` is the gRPC status, the message names field and limit."""
+
+    def __init__(self, message: str, code: int = INVALID_ARGUMENT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What vLLM is asked to generate. `num_prompt` counts the client's own prompt, without tokens taken over."""
+
+    prompt: TokensPrompt
+    params: SamplingParams
+    num_prompt: int
+
+
+class Preparer:
+    """Prepares requests for one model. `llm` is vLLM's AsyncLLM."""
+
+    def __init__(self, llm: Any, has_tokenizer: bool) -> None:
+        self._llm = llm
+        self._has_tokenizer = has_tokenizer
+        self._max_model_len: int = llm.model_config.max_model_len
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
+
+    async def prepare(self, lease: Lease) -> Prepared:
+        """Raises BadRequest. A request taken over from another engine goes on after its journalled tokens."""
+        token_ids = await self._tokens(lease.request)
+        self._check_length(token_ids)
+        params = self._sampling(lease.request, len(token_ids))
+        if lease.token_ids:
+            _check_resumable(params)
+            self._shorten(params, len(lease.token_ids))
+        return Prepared(TokensPrompt(prompt_token_ids=[*token_ids, *lease.token_ids]), params, len(token_ids))
+
+    async def _tokens(self, request: pb.GenerateRequest) -> list[int]:
+        kind = request.WhichOneof("prompt")
+        if kind == "tokens":
+            token_ids = list(request.tokens.token_ids)
+            if token_ids and max(token_ids) >= self._vocab_size:
+                raise BadRequest(
+                    f"tokens.token_ids: {max(token_ids)} is not below the vocabulary size {self._vocab_size}"
+                )
+            return token_ids
+        if not self._has_tokenizer:
+            raise BadRequest(f"{kind}: this model has no tokenizer, send token ids")
+        if kind == "chat":
+            return await self._chat(request.chat)
+        try:
+            (prompt,) = await self._llm.renderer.render_cmpl_async([{"prompt": request.text}])
+        except (ValueError, VLLMClientError) as e:
+            raise BadRequest(f"text: {e}") from e
+        return list(prompt["prompt_token_ids"])
+
+    async def _chat(self, chat: pb.ChatPrompt) -> list[int]:
+        """With the model's own chat template."""
+        messages = [{"role": m.role, "content": m.content} for m in chat.messages]
+        go_on = chat.continue_final_message
+        generate = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not go_on
+        keywords = {"add_generation_prompt": generate, "continue_final_message": go_on, "tokenize": True}
+        try:
+            _, (prompt,) = await self._llm.renderer.render_chat_async(
+                [messages], ChatParams(chat_template_kwargs=keywords)
+            )
+        except (ValueError, TypeError, KeyError, VLLMClientError) as e:
+            raise BadRequest(f"chat: {e}") from e
+        return list(prompt["prompt_token_ids"])
+
+    def _check_length(self, token_ids: list[int]) -> None:
+        limit = self._max_model_len - 1
+        if not token_ids:
+            raise BadRequest("prompt: it has no tokens, at least 1 is needed")
+        if len(token_ids) > limit:
+            raise BadRequest(
+                f"prompt: {len(token_ids)} tokens exceed the limit of {limit} "
+                f"(max_model_len {self._max_model_len}, less one token for the answer)"
+            )
+
+    def _sampling(self, request: pb.GenerateRequest, num_prompt: int) -> SamplingParams:
+        """vLLM's own parameters: what the client left unset takes the model's default, and max_tokens all the room."""
+        room = self._max_model_len - num_prompt
+        fields = {**self._defaults, **sampling_fields(request)}
+        fields["max_tokens"] = min(int(fields.get("max_tokens") or room), room)
+        fields["output_kind"] = RequestOutputKind.DELTA
+        fields["detokenize"] = self._has_tokenizer
+        try:
+            return SamplingParams(**fields)
+        except (ValueError, TypeError) as e:
+            raise BadRequest(f"sampling: {e}") from e
+
+    def _shorten(self, params: SamplingParams, done: int) -> None:
+        assert params.max_tokens is not None
+        params.max_tokens -= done
+        params.min_tokens = max(0, params.min_tokens - done)
+        params.prompt_logprobs = None  # they went out with the first piece
+
+
+def _check_resumable(params: SamplingParams) -> None:
+    """What depends on more of the answer than its tokens cannot go on in another engine: say so, rather than guess."""
+    carried = {
+        "seed": params.seed is not None and params.temperature > 0,
+        "presence_penalty": params.presence_penalty != 0,
+        "frequency_penalty": params.frequency_penalty != 0,
+        "stop": bool(params.stop),
+        "bad_words": bool(params.bad_words),
+    }
+    if named := [name for name, is_set in carried.items() if is_set]:
+        raise BadRequest(
+            f"the engine was lost in the middle of the answer, and a request with {', '.join(named)} cannot go on "
+            "in another one; send it again",
+            ABORTED,
+        )

@@ -1,0 +1,116 @@
+"""Ray and Serve as this project uses them: a small local cluster of one's own, or a running one that is joined."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from folkmoot.cluster.spec import ROUTER, ClusterSpec, expert_actor_name
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Nothing but control messages goes through Ray, and this is about the least that it takes."""
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # the controller wakes up less often; engines change rarely
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, num_gpus: int | None = None) -> str:
+    """Start a local Ray whose processes end with this one, or join the cluster at `address`. Returns its address."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    arguments: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        arguments["address"] = address
+    else:
+        arguments |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(temp_dir),
+        }
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stderr(io.StringIO()):
+        context = ray.init(**arguments)
+    signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own
+    return str(context.address_info["address"])
+
+
+def start_router(spec: ClusterSpec) -> Any:
+    """The expert router's actor: detached, so that it outlives the command that started it."""
+    from folkmoot.cluster.router import ExpertRouter
+
+    actor = ExpertRouter.options(name=ROUTER, namespace=spec.namespace, lifetime="detached")  # type: ignore[attr-defined]
+    return actor.remote(spec)
+
+
+class Deployment:
+    """The engines' deployment, brought up in a thread because Serve's own calls block."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.error: Exception | None = None
+        self._spec = spec
+        self._thread = threading.Thread(target=self._run, name="serve", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether Serve says that all replicas run, or has given up (`error`)."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            from ray import serve
+
+            from folkmoot.cluster.engine import Engine
+
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+            spec = self._spec
+            resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
+            engines = Engine.options(num_replicas=spec.engines, ray_actor_options=resources)
+            serve.run(engines.bind(spec), name=spec.app, route_prefix=None)
+        except Exception as e:
+            self.error = e
+
+
+def tear_down(spec: ClusterSpec | None, *, joined: bool) -> None:
+    """End this cluster's part of Ray. A local Ray ends as a whole; in a joined one only what is ours."""
+    if "ray" not in sys.modules:
+        return
+    import ray
+
+    if joined and spec is not None and ray.is_initialized():
+        _remove_ours(spec)
+    ray.shutdown()  # also where ray.init was interrupted half-way
+
+
+def _remove_ours(spec: ClusterSpec) -> None:
+    import ray
+    from ray import serve
+    from ray.util.placement_group import remove_placement_group
+
+    with contextlib.suppress(Exception):
+        serve.delete(spec.app)
+    names = [ROUTER, *(expert_actor_name(f"host-{i}") for i in range(spec.hosts))]
+    names += [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == spec.namespace]
+    for name in dict.fromkeys(names):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, spec.namespace))
+    with contextlib.suppress(ValueError):
+        remove_placement_group(ray.util.get_placement_group(f"experts-{spec.namespace}"))

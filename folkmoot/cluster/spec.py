@@ -1,0 +1,81 @@
+"""What `folkmoot up` decides once, and hands to every actor as it is. Light: imported by all of them."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROUTER = "ExpertRouter"
+"""Name of the expert router's Ray actor, in the cluster's namespace."""
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """One cluster: a model, its experts' hosts, its engines, and where their files lie on each node."""
+
+    name: str
+    """what `--name` says; "default" unless several clusters run on one machine"""
+    model_path: str
+    """checkpoint folder; the same path on every node"""
+    model: str
+    """the name that clients ask for"""
+    architecture: str
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    redis: str
+    """URL of the request store"""
+    store_namespace: str
+    run_dir: str
+    """unix sockets: a short path, since theirs may not exceed 107 bytes; made on each node, mode 0700"""
+    log_dir: str
+    engines: int = 1
+    hosts: int = 2
+    replicas: int = 1
+    placement: str = "spread"
+    """"spread" or "pack": how Ray lays expert hosts over nodes"""
+    dtype: str = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    seed: int = 0
+    kv_cache_gib: float = 1.0
+    transport: str = "auto"
+    combine: str = "rows"
+    host_cpus: float = 0.1
+    """share of a CPU that Ray reserves for one expert host; a reservation, not a limit"""
+    host_gpus: float = 0.0
+    engine_cpus: float = 0.1
+    engine_gpus: float = 0.0
+    grace_s: float = 10.0
+    """how long a stopping engine may take to finish what runs"""
+
+    @property
+    def namespace(self) -> str:
+        """Ray namespace of all actors of this cluster."""
+        return "folkmoot" if self.name == "default" else f"folkmoot-{self.name}"
+
+    @property
+    def app(self) -> str:
+        """Name of the Ray Serve application that holds the engines."""
+        return self.namespace
+
+    @property
+    def warm_socket(self) -> Path:
+        """Where a node's warm parent listens."""
+        return Path(self.run_dir) / "warm.sock"
+
+    @property
+    def warm_log(self) -> Path:
+        """Where a node's warm parent writes."""
+        return Path(self.log_dir) / "warm.log"
+
+    def log(self, part: str) -> Path:
+        """The log file of one process."""
+        return Path(self.log_dir) / f"{part}.log"
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON data."""
+        return asdict(self)
+
+
+def expert_actor_name(host: str) -> str:
+    """Name of the Ray actor that owns an expert host."""
+    return f"expert-{host}"

@@ -1,0 +1,91 @@
+"""The status document as tables on a terminal."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from folkmoot.gateway.client import Client
+
+
+def fetch(client: Client) -> dict[str, Any]:
+    """The cluster's document, with the models' load beside it (which gateways know without the cluster)."""
+    answer = client.status()
+    document: dict[str, Any] = (
+        json.loads(answer.json) if answer.json else {"error": "the cluster has not reported lately"}
+    )
+    document["models"] = [
+        {
+            "model": m.name,
+            "engines": m.num_engines,
+            "max_model_len": m.max_model_len,
+            "waiting_requests": m.load.waiting_requests,
+            "running_requests": m.load.running_requests,
+        }
+        for m in answer.models
+    ]
+    return document
+
+
+def show(console: Console, document: dict[str, Any]) -> None:
+    """Print it."""
+    if document.get("error"):
+        console.print(f"[bold red]{document['error']}[/]")
+    for one in document["models"]:
+        console.print(
+            f"model [bold]{one['model']}[/]: {one['engines']} engines alive, "
+            f"{one['running_requests']} requests running, {one['waiting_requests']} waiting"
+        )
+    if "map" not in document:
+        return
+    if document["map"]["layers"]:
+        console.print(_map_line(document["map"]))
+        console.print(hosts_table(document["hosts"]))
+    else:
+        console.print("a dense model: no expert hosts")
+    console.print(_engines_table(document["engines"]))
+
+
+def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts") -> Table:
+    """One line a host: where it is, what it holds, what it has served."""
+    table = Table("host", "state", "pid", "actor pid", "experts", "MiB", "requests", "rows", "busy s", title=title)
+    for h in hosts:
+        state = f"[green]{h['phase']}[/]" if h["alive"] else f"[red]gone[/] ({h['reason'] or h['phase']})"
+        numbers = (h["bytes"] >> 20, h["requests"], h["rows"], h["busy_s"])
+        table.add_row(
+            h["host"], state, _or_dash(h["pid"]), _or_dash(h["actor_pid"]), ranges(h["experts"]), *map(str, numbers)
+        )
+    return table
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def _map_line(facts: dict[str, Any]) -> str:
+    line = (
+        f"expert map version [bold]{facts['version']}[/]: {facts['experts']} experts in each of {facts['layers']} layers, "
+        f"{facts['replicas_least']} of {facts['replicas_wanted']} replicas"
+    )
+    return line + (f", [bold red]{facts['missing']} experts without a host[/]" if facts["missing"] else "")
+
+
+def _engines_table(engines: list[dict[str, Any]]) -> Table:
+    table = Table("engine", "state", "pid", "running", "requests", "prompt tokens", "generated tokens", title="engines")
+    for e in engines:
+        state = f"[green]{e['phase']}[/]" if e["phase"] == "ready" else f"[yellow]{e['phase']}[/]"
+        counters = (e.get(name, 0) for name in ("running", "requests", "prompt_tokens", "generated_tokens"))
+        table.add_row(e["engine"], state, _or_dash(e["pid"]), *map(str, counters))
+    return table
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)

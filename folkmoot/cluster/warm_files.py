@@ -1,0 +1,28 @@
+"""How processes of one node find its warm parent: its socket, and beside it a note of who will listen there. No Ray."""
+
+import os
+from pathlib import Path
+from subprocess import Popen
+
+from folkmoot.experts import warm
+
+
+def pid_file(warm_socket: Path) -> Path:
+    """Names the process that will listen on the socket, before it does."""
+    return warm_socket.with_suffix(".pid")
+
+
+def start(warm_socket: Path, log_path: Path) -> "Popen[bytes]":
+    """Start a warm parent as a child of this process, and leave a note of it for `is_started`."""
+    process = warm.start(warm_socket, log_path)
+    pid_file(warm_socket).write_text(str(process.pid))
+    return process
+
+
+def is_started(warm_socket: Path) -> bool:
+    """Whether a warm parent listens on this socket, or is about to."""
+    try:
+        os.kill(int(pid_file(warm_socket).read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
