@@ -122,6 +122,10 @@ def _gpt_oss(s: Sizes) -> PreTrainedConfig:
         head_dim=32,
         num_local_experts=s.num_experts,
         num_experts_per_tok=s.top_k,
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+            **{"truncate": False, "original_max_position_embeddings": 64},
+        },
         sliding_window=128,
         layer_types=["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(s.num_layers)],
     )
@@ -203,12 +207,12 @@ def _write(config: PreTrainedConfig, path: Path, *, dtype: str, seed: int, shard
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
     for name in sorted(state):
-        _fill(name, state[name], generator)
+        _fill(name, state[name], config, generator)
     model.save_pretrained(path, max_shard_size=shard_size)
     tokenizer(config.vocab_size).save_pretrained(path)
 
 
-def _fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+def _fill(name: str, tensor: torch.Tensor, config: PreTrainedConfig, generator: torch.Generator) -> None:
     """Random values for one tensor, by its kind: about unit gain for matrices, near one for norms, small for biases."""
     if not tensor.is_floating_point():
         return
@@ -218,20 +222,20 @@ def _fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     elif tensor.ndim < 2 or name.endswith("bias"):
         values = 0.1 * values
     elif "embed_tokens" not in name:
-        values *= _gain(name) / math.sqrt(_fan_in(name, tensor))
+        values *= _gain(name) / math.sqrt(_fan_in(tensor, config))
     tensor.copy_(values.to(tensor.dtype))
 
 
 def _gain(name: str) -> float:
-    if "lm_head" in name or ".gate.weight" in name or "router" in name:
+    if "lm_head" in name or "gate.weight" in name or "router" in name:
         return 3.0  # spread logits: next to no ties among tokens, clear choices among experts
     return 1.5 if "down" in name or "experts" in name else 1.0
 
 
-def _fan_in(name: str, tensor: torch.Tensor) -> int:
-    """Inputs of one output: matrices are [out, in], fused expert stacks of Llama 4 and gpt-oss are [expert, in, out]."""
-    stacked_in_first = tensor.ndim == 3 and ("feed_forward.experts" in name or "gate_up_proj" in name)
-    return tensor.shape[-2] if stacked_in_first else tensor.shape[-1]
+def _fan_in(tensor: torch.Tensor, config: PreTrainedConfig) -> int:
+    """Inputs of one output. Matrices are [out, in]; Llama 4 and gpt-oss stack their experts as [expert, in, out]."""
+    in_first = tensor.ndim == 3 and config.model_type in ("llama4_text", "gpt_oss")
+    return tensor.shape[-2] if in_first else tensor.shape[-1]
 
 
 def _quantise_experts(path: Path) -> None:
@@ -266,7 +270,7 @@ def mxfp4_quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n must be a multiple of 32. The scale of a block is the largest power of two that keeps its largest value within
     reach of the element format (E2M1, whose largest value is 6).
     """
-    blocks = values.unflatten(-1, (-1, MXFP4_BLOCK))
+    blocks = values.reshape(*values.shape[:-1], -1, MXFP4_BLOCK)
     largest = blocks.abs().amax(dim=-1).clamp_min(2.0**-100)
     exponents = torch.floor(torch.log2(largest)) - 2.0
     scaled = blocks / torch.exp2(exponents).unsqueeze(-1)

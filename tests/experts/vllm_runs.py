@@ -8,12 +8,14 @@ child, since a process can hold one vLLM engine.
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from folkmoot.experts import vllm_api
 
 PROMPTS = (
@@ -139,12 +141,112 @@ def kernel(checkpoint: str, dtype: str) -> dict[str, Any]:
         "row_alone_equals": torch.equal(rows, by_one) and torch.equal(rows, by_seven),
         "experts_differ": not torch.equal(part(x, torch.zeros_like(slots)), part(x, torch.ones_like(slots))),
         "input_untouched": torch.equal(x, (torch.manual_seed(0), torch.randn(64, shape.hidden_size))[1].to(x.dtype)),
+        "num_layers": len(shape.moe_layers),
         "bytes": everything.bytes,
         "bytes_expected": shape.expert_bytes * shape.num_experts * len(shape.moe_layers),
         "bytes_some": some.bytes,
         "direct": part._write is not None,
         "std": rows.float().std().item(),
     }
+
+
+def refusals(checkpoint: str) -> dict[str, str]:
+    """The messages of what must not be done. Layer 1 is a mixture of experts, layer 0 is not."""
+    path = Path(checkpoint)
+    kernel = vllm_api.load_experts(path, {1: [4, 6]}).layers[1]
+    x = torch.zeros(2, kernel.hidden_size, dtype=kernel.dtype)
+    attempts: dict[str, Callable[[], object]] = {
+        "slot_high": lambda: kernel(x, torch.tensor([0, 2], dtype=torch.int32)),
+        "slot_negative": lambda: kernel(x, torch.tensor([-1, 0], dtype=torch.int32)),
+        "dense_layer": lambda: vllm_api.load_experts(path, {0: [0]}),
+        "no_such_expert": lambda: vllm_api.load_experts(path, {1: [8]}),
+        "twice": lambda: vllm_api.load_experts(path, {1: [3, 3]}),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            messages[name] = "nothing was raised"
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def engine_ignores_expert_bytes(checkpoint: str) -> dict[str, int]:
+    """How many tensors of routed experts the model was given, and how many of them had data."""
+    from folkmoot.experts.vllm_api import checkpoint as names
+    from folkmoot.experts.vllm_api import engine
+
+    counts = {"tensors_given": 0, "tensors_with_data": 0}
+    plain = engine.DispatchingLoader.get_all_weights
+
+    def counting(self: Any, *args: Any) -> Any:
+        for name, tensor in plain(self, *args):
+            counts["tensors_given"] += names.is_routed(name)
+            counts["tensors_with_data"] += names.is_routed(name) and not tensor.is_meta
+            yield name, tensor
+
+    engine.DispatchingLoader.get_all_weights = counting  # type: ignore[method-assign]
+    vllm_api.install(lambda: InProcessDispatcher([], []))
+    load(checkpoint, "bfloat16")
+    return counts
+
+
+def order_of_events(checkpoint: str) -> list[str]:
+    """What a dispatcher sees happen, over one short generation."""
+    events: list[str] = []
+
+    class Recorder:
+        def forward(
+            self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, shared: Any
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            events.append("away")
+            events.append("shared" if shared is not None and shared().shape == x.shape else "no shared experts")
+            events.append("back")
+            return torch.zeros_like(x), None
+
+    vllm_api.install(Recorder)
+    generate(load(checkpoint, "bfloat16"), 2)
+    return events
+
+
+def idle(checkpoint: str) -> dict[str, float]:
+    """What a loaded host costs while it waits."""
+    kernel = vllm_api.load_experts(Path(checkpoint), {0: range(8)}).layers[0]
+    kernel(torch.zeros(4, kernel.hidden_size, dtype=kernel.dtype), torch.zeros(4, dtype=torch.int32))
+    names = [Path(f"/proc/self/task/{t}/comm").read_text() for t in os.listdir("/proc/self/task")]
+    before_s = time.process_time()
+    time.sleep(2)
+    used_s = time.process_time() - before_s
+    return {"gloo_threads": sum("gloo" in n for n in names), "cpu_fraction": used_s / 2}
+
+
+def plugin(environment: dict[str, str]) -> str:
+    """Which loader serves the default load format once vLLM has loaded its plugins."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.plugins import load_general_plugins
+
+    os.environ.update(environment)
+    load_general_plugins()
+    return str(_LOAD_FORMAT_TO_MODEL_LOADER["auto"].__name__)
+
+
+def private_names() -> list[str]:
+    return vllm_api.broken_names()
+
+
+def broken_private_names() -> list[str]:
+    from folkmoot.experts.vllm_api.private import PrivateName
+
+    apply = "vllm.model_executor.layers.fused_moe.fused_moe_method_base.FusedMoEMethodBase.apply"
+    return vllm_api.broken_names(
+        [
+            PrivateName("vllm.no_such_module.Thing"),
+            PrivateName("vllm.config.NoSuchConfig"),
+            PrivateName("vllm.config.CompilationConfig", members=("no_such_member",)),
+            PrivateName(apply, ("topk_weights", "x")),
+        ]
+    )
 
 
 def main() -> None:

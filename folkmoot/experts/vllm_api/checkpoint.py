@@ -20,7 +20,18 @@ from safetensors import safe_open
 _ROUTED = re.compile(r"(?<!shared_)experts\.(?:(\d+)\.)?")
 _LAYER = re.compile(r"\.(\d+)\.")
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
-_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U8": 8, "I8": 8, "BOOL": 8, "F4": 4, "F64": 64, "I64": 64, "U64": 64}
+_BITS = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U8": 8,
+    "I8": 8,
+    "BOOL": 8,
+    "F4": 4,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
 _BITS |= {"F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 
 

@@ -76,7 +76,8 @@ class DispatchingLoader(DefaultModelLoader):
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         get_model_cls(model_config)  # importing it defines its own subclasses of RoutedExperts
         with replaced_routed_experts(_dispatching):
-            return super().create_model(vllm_config, model_config, prefix)
+            model: torch.nn.Module = super().create_model(vllm_config, model_config, prefix)
+        return model
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module

@@ -126,9 +126,7 @@ def _check_wanted(
             raise ValueError(f"{checkpoint}: layer {layer} has experts 0..{count - 1}, each to be held once: {ids}")
 
 
-def _build(
-    config: VllmConfig, counts: Mapping[int, int], device: torch.device
-) -> tuple[torch.nn.Module, dict[int, RoutedExperts]]:
+def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) -> tuple[Any, dict[int, RoutedExperts]]:
     """The model on the meta device, and its RoutedExperts on `device` where `counts` names their layer."""
     model_class = get_model_cls(config.model_config)  # importing it defines its own subclasses of RoutedExperts
     modules: dict[int, RoutedExperts] = {}

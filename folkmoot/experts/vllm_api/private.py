@@ -1,0 +1,168 @@
+"""The private names of vLLM (and torch) that this package relies on, and a check that says which of them broke.
+
+When vLLM moves: set VLLM_VERSION, run `python -m folkmoot.experts.vllm_api.private`, mend what it names, run the tests.
+"""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+VLLM_VERSION = "0.32.0"
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+_LOADER = "vllm.model_executor.model_loader"
+_STATE = "vllm.distributed.parallel_state"
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name relied on, and how: `parameters` it must take, in this order; `members` its class or instances have."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+
+PRIVATE_NAMES = (
+    PrivateName("vllm.model_executor.custom_op.op_registry_oot"),
+    PrivateName("vllm.model_executor.custom_op.PluggableLayer"),
+    PrivateName(
+        f"{_MOE}.routed_experts.RoutedExperts.__init__",
+        ("layer_name", "params_dtype", "moe_config", "apply_router_weight_on_input"),
+    ),
+    PrivateName(
+        f"{_MOE}.routed_experts.RoutedExperts",
+        members=(
+            "quant_method",
+            "moe_config",
+            "activation",
+            "local_num_experts",
+            "apply_router_weight_on_input",
+            "_ensure_moe_quant_config_init",
+        ),
+    ),
+    PrivateName(
+        f"{_MOE}.config.FusedMoEConfig",
+        members=("num_experts", "num_local_experts", "num_logical_experts", "hidden_dim", "hidden_dim_unpadded"),
+    ),
+    PrivateName(
+        f"{_MOE}.fused_moe_method_base.FusedMoEMethodBase.apply",
+        ("layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+    ),
+    PrivateName(
+        f"{_MOE}.fused_moe_method_base.FusedMoEMethodBase",
+        members=(
+            "moe_kernel",
+            "is_monolithic",
+            "skip_forward_padding",
+            "mk_can_overlap_shared_experts",
+            "topk_indices_dtype",
+            "create_weights",
+            "get_fused_moe_quant_config",
+            "process_weights_after_loading",
+        ),
+    ),
+    PrivateName(f"{_MOE}.modular_kernel.FusedMoEKernel", members=("fused_experts",)),
+    PrivateName(
+        f"{_MOE}.modular_kernel.FusedMoEExpertsModular.apply",
+        (
+            *("output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts"),
+            *("expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_tokens_meta"),
+            "apply_router_weight_on_input",
+        ),
+    ),
+    PrivateName(
+        f"{_MOE}.modular_kernel.FusedMoEExpertsModular.workspace_shapes",
+        (*("M", "N", "K", "topk", "global_num_experts", "local_num_experts", "expert_tokens_meta"), "activation"),
+    ),
+    PrivateName(f"{_MOE}.modular_kernel.FusedMoEExpertsModular", members=("expects_unquantized_inputs",)),
+    PrivateName(f"{_MOE}.runner.shared_experts.SharedExperts.forward", ("shared_experts_input", "order")),
+    PrivateName(f"{_MOE}.runner.shared_experts.SharedExperts", members=("_output", "_output_idx")),
+    PrivateName(f"{_MOE}.runner.shared_experts.SharedExpertsOrder", members=("MK_INTERNAL_OVERLAPPED",)),
+    PrivateName(f"{_LOADER}._LOAD_FORMAT_TO_MODEL_LOADER"),
+    PrivateName(f"{_LOADER}.default_loader.DefaultModelLoader.create_model", ("vllm_config", "model_config", "prefix")),
+    PrivateName(f"{_LOADER}.default_loader.DefaultModelLoader.get_all_weights", ("model_config", "model")),
+    PrivateName(f"{_LOADER}.utils.get_model_cls", ("model_config",)),
+    PrivateName(f"{_LOADER}.utils.initialize_model", ("vllm_config", "model_class")),
+    PrivateName("vllm.model_executor.models.utils.extract_layer_index", ("layer_name",)),
+    PrivateName("vllm.model_executor.models.ModelRegistry", members=("models",)),
+    PrivateName("vllm.model_executor.models.registry._RegisteredModel", members=("from_model_cls", "model_cls")),
+    PrivateName("vllm.model_executor.models.registry._LazyRegisteredModel", members=("load_model_cls",)),
+    PrivateName("vllm.utils.torch_utils.set_default_torch_dtype", ("dtype",)),
+    PrivateName(
+        f"{_STATE}.init_distributed_environment",
+        ("world_size", "rank", "distributed_init_method", "local_rank", "backend"),
+    ),
+    PrivateName(f"{_STATE}.initialize_model_parallel", ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+    PrivateName(f"{_STATE}.model_parallel_is_initialized"),
+    PrivateName(f"{_STATE}.destroy_model_parallel"),
+    PrivateName(f"{_STATE}.destroy_distributed_environment"),
+    PrivateName("vllm.engine.arg_utils.EngineArgs.create_engine_config"),
+    PrivateName("vllm.engine.arg_utils.EngineArgs", members=("enforce_eager", "skip_tokenizer_init", "max_num_seqs")),
+    PrivateName("vllm.config.set_current_vllm_config", ("vllm_config",)),
+    PrivateName("vllm.config.CompilationConfig", members=("_attention_ops", "splitting_ops")),
+    PrivateName(f"{_MOE}.runner.moe_runner._moe_forward"),
+    PrivateName(f"{_MOE}.runner.moe_runner._moe_forward_shared"),
+    PrivateName("torch.cpu._is_amx_tile_supported"),
+    PrivateName("torch.cpu._init_amx"),
+)
+
+
+def broken_names(names: Sequence[PrivateName] = PRIVATE_NAMES) -> list[str]:
+    """One line for each name that is gone or changed, and for a vLLM that is not the pinned one. Empty: all is well."""
+    import vllm
+
+    problems = []
+    if vllm.__version__.split("+")[0] != VLLM_VERSION:
+        problems.append(f"vLLM is {vllm.__version__}, pinned is {VLLM_VERSION}")
+    for name in names:
+        try:
+            target = _resolve(name.path)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{name.path}: gone ({error})")
+            continue
+        problems += [f"{name.path}: has no member {m!r}" for m in name.members if not _has_member(target, m)]
+        if name.parameters:
+            problems += _wrong_parameters(name, target)
+    return problems
+
+
+def _resolve(path: str) -> Any:
+    """The object at a dotted path: the longest importable module, then attributes."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            target = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            target = getattr(target, part)
+        return target
+    raise ImportError(f"no module {parts[0]}")
+
+
+def _has_member(target: Any, member: str) -> bool:
+    """Whether a class or object has the member: as an attribute, a dataclass field, or assigned to self in its code."""
+    if hasattr(target, member) or (is_dataclass(target) and member in {f.name for f in fields(target)}):
+        return True
+    classes = target.__mro__ if isinstance(target, type) else ()
+    return any(f"self.{member}" in inspect.getsource(c) for c in classes if c.__module__.startswith("vllm"))
+
+
+def _wrong_parameters(name: PrivateName, target: Any) -> list[str]:
+    actual = list(inspect.signature(target).parameters)
+    if [p for p in actual if p in name.parameters] == list(name.parameters):
+        return []
+    return [f"{name.path}: takes ({', '.join(actual)}), relied on ({', '.join(name.parameters)}) in this order"]
+
+
+def main() -> None:
+    problems = broken_names()
+    print("\n".join(problems) or f"all {len(PRIVATE_NAMES)} private names are as in vLLM {VLLM_VERSION}")
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

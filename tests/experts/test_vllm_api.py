@@ -1,0 +1,182 @@
+"""Experts outside vLLM compute what they compute inside it: every architecture, real vLLM, experts on 1 and 2 hosts.
+
+Everything runs in children forked from one process that has imported vLLM (vllm_runs.py), as in a running cluster.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUNS = Path(__file__).with_name("vllm_runs.py")
+ROOT = RUNS.parents[2]
+
+
+class Runs:
+    """The other end of vllm_runs.py: `ask` runs one of its functions in a forked child."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log.open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, RUNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT
+        )
+        assert self._line() == "ready", f"see {log}"
+
+    def ask(self, function: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        print(json.dumps({"function": function, "arguments": arguments}), file=self.process.stdin, flush=True)
+        answer = json.loads(self._line())
+        if not answer["ok"]:
+            pytest.fail(f"{function} {arguments}:\n{answer['error']}", pytrace=False)
+        return answer["result"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.log.close()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    server = Runs(tmp_path_factory.mktemp("vllm") / "log")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tiny checkpoint, made in a child so that this process never touches torch's threads."""
+    root = tmp_path_factory.mktemp("tiny")
+    code = (
+        "import sys, pathlib\nfrom benchmarks import checkpoints\n"
+        "for a in checkpoints.ARCHITECTURES: checkpoints.tiny(a, pathlib.Path(sys.argv[1]) / a)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(root)], cwd=ROOT, check=True, capture_output=True)
+    return root
+
+
+KERNELS = [
+    ("mixtral", "bfloat16"),
+    ("mixtral", "float32"),
+    ("llama4", "bfloat16"),
+    ("llama4_interleaved", "bfloat16"),
+    ("qwen3_moe", "bfloat16"),
+    ("deepseek_v3", "bfloat16"),
+    ("gpt_oss", "bfloat16"),
+    ("gpt_oss", "float32"),
+    ("gpt_oss_mxfp4", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), KERNELS)
+def test_any_subset_of_experts_computes_the_same_rows(runs: Runs, folders: Path, architecture: str, dtype: str) -> None:
+    seen = runs.ask("kernel", checkpoint=str(folders / architecture), dtype=dtype)
+    claims = ("subset_equals_whole", "other_layer_equals", "row_alone_equals", "writes_out", "input_untouched")
+    assert {c: seen[c] for c in claims} == dict.fromkeys(claims, True)
+    assert seen["experts_differ"]  # else the claims above would hold for misrouted rows too
+    assert 0.1 < seen["std"] < 10.0
+    expected = seen["bytes_expected"] * (2 if dtype == "float32" else 1)
+    slack = 1.05 if architecture == "gpt_oss_mxfp4" else 1.0  # its kernel keeps scales and biases a little wider
+    assert expected <= seen["bytes"] <= slack * expected
+    assert seen["bytes_some"] * 8 * seen["num_layers"] == seen["bytes"] * 4  # 3 + 1 of 8 experts a layer
+
+
+def test_wrong_slots_layers_and_experts_are_refused(runs: Runs, folders: Path) -> None:
+    messages = runs.ask("refusals", checkpoint=str(folders / "llama4_interleaved"))
+    assert "holds 2 experts" in messages["slot_high"]
+    assert "holds 2 experts" in messages["slot_negative"]
+    assert "layer 0 has no routed experts" in messages["dense_layer"]
+    assert "experts 0..7" in messages["no_such_expert"]
+    assert "held once" in messages["twice"]
+
+
+EXACT = [  # (architecture, dtype, extra engine arguments): equal to monolithic vLLM bit for bit
+    pytest.param("mixtral", "float32", {}),
+    pytest.param("llama4", "bfloat16", {}),
+    pytest.param("llama4", "float32", {}, marks=pytest.mark.slow),
+    pytest.param("llama4_interleaved", "bfloat16", {}, marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", "float32", {}, marks=pytest.mark.slow),
+    # vLLM's default latent attention on this CPU (AMX) knows no float32; its reference one does.
+    pytest.param("deepseek_v3", "float32", {"attention_backend": "CPU_MLA"}, marks=pytest.mark.slow),
+    pytest.param("gpt_oss", "float32", {}, marks=pytest.mark.slow),
+    pytest.param("llama", "bfloat16", {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "extra"), EXACT)
+def test_hosted_experts_answer_exactly_as_monolithic_vllm(
+    runs: Runs, folders: Path, architecture: str, dtype: str, extra: dict[str, Any]
+) -> None:
+    checkpoint = str(folders / architecture)
+    expected = runs.ask("monolithic", checkpoint=checkpoint, dtype=dtype, **extra)
+    seen = runs.ask("hosted", checkpoint=checkpoint, dtype=dtype, **extra)
+    assert seen["one"] == expected  # tokens, and the log-probabilities of five candidates a step
+    assert seen["halves"] == expected
+    dense = architecture == "llama"
+    assert (seen["one_calls"] == 0) == dense and (seen["halves_calls"] == 0) == dense
+    assert seen["engine"]["held_routed"] == 0
+    assert (seen["engine"]["meta"] == 0) == dense
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gpt_oss_mxfp4"])
+def test_placement_changes_nothing_where_rounding_keeps_us_from_the_monolithic_kernel(
+    runs: Runs, folders: Path, architecture: str
+) -> None:
+    """In bfloat16 with k > 1 the monolithic kernel rounds at other places; but one host and two give the same bits."""
+    seen = runs.ask("hosted", checkpoint=str(folders / architecture), dtype="bfloat16")
+    assert seen["one_calls"] > 0
+    assert seen["one"] == seen["halves"]
+
+
+def test_the_engine_reads_no_routed_expert_from_disk(runs: Runs, folders: Path) -> None:
+    """Loaders get their tensors without data; that the file's pages stay untouched follows from lazy reading."""
+    seen = runs.ask("engine_ignores_expert_bytes", checkpoint=str(folders / "mixtral"))
+    assert seen["tensors_given"] > 0
+    assert seen["tensors_with_data"] == 0
+
+
+def test_shared_experts_run_while_rows_are_away(runs: Runs, folders: Path) -> None:
+    order = runs.ask("order_of_events", checkpoint=str(folders / "llama4"))
+    assert order == ["away", "shared", "back"] * (len(order) // 3) and order
+
+
+def test_an_idle_expert_host_has_no_threads_that_wake_up(runs: Runs, folders: Path) -> None:
+    idle = runs.ask("idle", checkpoint=str(folders / "mixtral"))
+    assert idle["gloo_threads"] == 0
+    assert idle["cpu_fraction"] < 0.005
+
+
+def test_the_plugin_does_nothing_unless_asked_to() -> None:
+    code = (
+        "import sys\nfrom folkmoot.experts import plugin\nplugin.register()\n"
+        "assert not {'vllm', 'torch'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point(runs: Runs) -> None:
+    assert runs.ask("plugin", environment={}) == "DefaultModelLoader"
+    assert runs.ask("plugin", environment={"FOLKMOOT_DISPATCH": "{}"}) == "DispatchingLoader"
+
+
+def test_every_private_name_of_vllm_is_as_we_rely_on_it(runs: Runs) -> None:
+    assert runs.ask("private_names") == []
+
+
+def test_a_broken_private_name_is_named(runs: Runs) -> None:
+    problems = runs.ask("broken_private_names")
+    assert len(problems) == 4
+    assert "vllm.no_such_module.Thing: gone" in problems[0]
+    assert "vllm.config.NoSuchConfig: gone" in problems[1]
+    assert "has no member 'no_such_member'" in problems[2]
+    assert "relied on (topk_weights, x) in this order" in problems[3]
