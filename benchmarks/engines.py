@@ -6,23 +6,28 @@ monolithic or with its routed experts on the hosts of a pool.
 
 import json
 import os
+import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from folkmoot.cluster.placement import HostSlot, assign
 from folkmoot.experts import expert_map as em
 from folkmoot.experts import vllm_api, warm
+from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.warm import Child, Control
 
 LOAD_TIMEOUT_S = 300.0
 KV_CACHE_BYTES = 1 << 30
+FULL_LOGITS: dict[str, Any] = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
 
 
 def engine_main(spec: dict[str, Any], control: Control) -> None:
@@ -42,10 +47,7 @@ def engine_main(spec: dict[str, Any], control: Control) -> None:
     while True:
         request = control.receive()
         assert request is not None
-        if request.pop("op") == "memory":
-            control.send(memory())
-        else:
-            control.send(generate(llm, **request))
+        control.send(OPERATIONS[request.pop("op")](llm, **request))
 
 
 def generate(
@@ -68,14 +70,42 @@ def generate(
     return answer
 
 
-def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of a process: resident, its proportional share (pss), and what is its alone (private)."""
+def logits(llm: Any, prompts: list[list[int]], max_tokens: int, path: str) -> dict[str, Any]:
+    """Greedy answers, and the raw logits of every step, float32 [prompts, steps, vocabulary], saved at `path`."""
+    from vllm import SamplingParams, TokensPrompt
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=-1, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+    steps = [o.outputs[0].logprobs for o in outputs]
+    values = np.full((len(prompts), max_tokens, len(steps[0][0])), np.nan, np.float32)
+    for i, answer in enumerate(steps):
+        for j, step in enumerate(answer):
+            values[i, j, list(step)] = [entry.logprob for entry in step.values()]
+    np.save(path, values)
+    return {"tokens": [list(o.outputs[0].token_ids) for o in outputs]}
+
+
+def use_map(_: Any, expert_map: str) -> dict[str, Any]:
+    """Switch a running engine to another expert map."""
+    from folkmoot.experts.vllm_api.engine import current_dispatcher
+
+    dispatcher = current_dispatcher()
+    assert isinstance(dispatcher, Dispatcher)
+    dispatcher.use_map(ExpertMap.from_json(expert_map))
+    return {}
+
+
+def memory(_: Any) -> dict[str, int]:
+    """Bytes of this process: resident, its proportional share (pss), and what is its alone (private)."""
     fields = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, value, *_ = line.split()
         fields[name.rstrip(":")] = int(value) * 1024
     private = fields["Private_Clean"] + fields["Private_Dirty"]
     return {"resident": fields["Rss"], "pss": fields["Pss"], "private": private}
+
+
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"generate": generate, "logits": logits, "map": use_map, "memory": memory}
 
 
 @dataclass
@@ -109,6 +139,19 @@ class Engine:
     def finish(self) -> dict[str, Any]:
         """The answer to `start`."""
         return self._answer()
+
+    def logits(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, path: Path
+    ) -> tuple[list[list[int]], "np.ndarray[Any, np.dtype[np.float32]]"]:
+        """Greedy tokens and raw logits [prompts, steps, vocabulary]. The engine needs `**FULL_LOGITS` arguments."""
+        self.child.send({"op": "logits", "prompts": prompts, "max_tokens": max_tokens, "path": str(path)})
+        tokens = self._answer()["tokens"]
+        return tokens, np.load(path)
+
+    def use_pool(self, pool: "Pool", version: int) -> None:
+        """Switch to another pool, under a map version above all that it had."""
+        self.child.send({"op": "map", "expert_map": replace(pool.expert_map, version=version).to_json()})
+        self._answer()
 
     def memory(self) -> dict[str, int]:
         """Bytes in use: {"resident", "pss", "private"}."""
@@ -245,7 +288,5 @@ class Bench:
 
 def prompts_of(num: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
     """`num` prompts of `length` random token ids."""
-    import random
-
     rng = random.Random(seed)
     return [[rng.randrange(8, vocabulary) for _ in range(length)] for _ in range(num)]
