@@ -251,6 +251,7 @@ class _Progress:
         self._began = time.monotonic()
         self._status = console.status("starting") if console.is_terminal else None
         self._active = False
+        self._last = ""
 
     def __enter__(self) -> "_Progress":
         self._active = True
@@ -267,8 +268,9 @@ class _Progress:
         elapsed = f"{time.monotonic() - self._began:5.1f} s"
         if self._status is not None and self._active:
             self._status.update(f"{elapsed}  {message}")
-        else:
+        elif message != self._last:
             console.print(f"{elapsed}  {message}")
+        self._last = message
 
 
 @main.command()

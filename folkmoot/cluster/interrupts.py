@@ -1,4 +1,4 @@
-"""Signals of a command that owns processes: the first Ctrl-C or SIGTERM unwinds it, later ones wait for the cleaning up."""
+"""Signals of a command that owns processes: the first Ctrl-C or SIGTERM unwinds it, later ones let it clean up."""
 
 import contextlib
 import signal

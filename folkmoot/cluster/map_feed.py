@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class MapFeedServer:
-    """Sends the latest map to every dispatcher that connects, and each new one to all. `on_event` runs on its thread."""
+    """Sends the latest map to each dispatcher that connects, and each new one to all. `on_event` runs on its thread."""
 
     def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
         path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ PR_SET_PDEATHSIG = 1
 def start(
     command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[bytes]":
-    """Start a child that is ended when the calling thread's process ends, however that happens. Call from the main thread."""
+    """Start a child that gets SIGTERM when this process ends, however that happens. Call from the main thread."""
     with open(log_path, "ab") as out:
         return subprocess.Popen(
             command,

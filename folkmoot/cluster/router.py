@@ -29,7 +29,6 @@ from folkmoot.cluster.router_state import (
     HostsOffered,
     HostStarting,
     ReapHost,
-    RouterState,
     StartHost,
     VersionSeen,
     apply,

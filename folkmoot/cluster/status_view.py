@@ -72,7 +72,8 @@ def ranges(numbers: list[int]) -> str:
 
 def _map_line(facts: dict[str, Any]) -> str:
     line = (
-        f"expert map version [bold]{facts['version']}[/]: {facts['experts']} experts in each of {facts['layers']} layers, "
+        f"expert map version [bold]{facts['version']}[/]: "
+        f"{facts['experts']} experts in each of {facts['layers']} layers, "
         f"{facts['replicas_least']} of {facts['replicas_wanted']} replicas"
     )
     return line + (f", [bold red]{facts['missing']} experts without a host[/]" if facts["missing"] else "")

@@ -1,0 +1,134 @@
+"""Real clusters for the tests: `folkmoot up --detach` on tiny float32 checkpoints, in which greedy answers do not
+depend on what else is in the batch."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.checkpoints import tiny
+from folkmoot.gateway.client import Client
+
+UP_TIMEOUT_S = 240.0
+MARKER = "FOLKMOOT_TEST_CLUSTER"
+
+
+def processes_of(marker: str) -> dict[int, str]:
+    """All processes, of whatever parent, that inherited this marker in their environment."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{MARKER}={marker}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+        except OSError:
+            continue
+    return found
+
+
+def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Poll until `check` returns something true, and return that."""
+    deadline = time.monotonic() + timeout_s
+    while not (result := check()):
+        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.1)
+    return result
+
+
+@dataclass
+class Cluster:
+    """A cluster under test, seen through its command line and its gateway."""
+
+    state_dir: Path
+    marker: str
+    name: str = "default"
+
+    def command(self, *arguments: str) -> list[str]:
+        """A `folkmoot` command for this cluster."""
+        return [
+            sys.executable, "-m", "folkmoot.cluster.cli", arguments[0],
+            "--state-dir", str(self.state_dir), "--name", self.name, *arguments[1:],
+        ]  # fmt: skip
+
+    def run(self, *arguments: str, timeout_s: float = 60.0, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Marks every process that comes of it."""
+        return {**os.environ, MARKER: self.marker}
+
+    def up(self, *arguments: str) -> None:
+        """Start it in the background, and wait until it is ready."""
+        done = self.run("up", "--detach", "--listen", "127.0.0.1:0", *arguments, timeout_s=UP_TIMEOUT_S)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+    def down(self) -> None:
+        """Stop it; asserts that no process is left."""
+        done = self.run("down", timeout_s=90.0)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        eventually(lambda: not processes_of(self.marker), 10.0, f"processes gone: {processes_of(self.marker)}")
+
+    @property
+    def address(self) -> str:
+        """The gateway's."""
+        address: str = json.loads((self.state_dir / self.name / "state.json").read_text())["gateway"]
+        return address
+
+    def client(self) -> Client:
+        """A gRPC client; close it."""
+        return Client(self.address)
+
+    def status(self) -> dict[str, Any]:
+        """The status document, through the gateway."""
+        with self.client() as client:
+            document: dict[str, Any] = json.loads(client.status().json)
+        return document
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts: 4 layers of 8 experts, top-2, float32, with a tokenizer and a chat template."""
+    return tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny-mixtral", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
+    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(8))
+    cluster.up("--model", str(mixtral), "--hosts", "4", "--replicas", "3", "--max-model-len", "512")
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    with cluster.client() as client:
+        yield client
+
+
+@pytest.fixture
+def no_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A name under which nothing runs; what a test starts under it must be gone by its end."""
+    cluster = Cluster(tmp_path, secrets.token_hex(8))
+    yield cluster
+    left = processes_of(cluster.marker)
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left, f"left behind: {left}"

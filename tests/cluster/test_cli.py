@@ -1,0 +1,148 @@
+"""The command line: help that teaches, errors that say what to do, and nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from folkmoot.cluster import bench, status_view
+from folkmoot.cluster.cli import main
+from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from tests.cluster.conftest import Cluster, eventually, processes_of
+
+COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 5
+
+
+def test_the_group_lists_all_commands() -> None:
+    output = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"  {command} " in output for command in COMMANDS)
+
+
+def test_options_that_exclude_each_other() -> None:
+    result = CliRunner().invoke(main, ["up", "--model", "demo", "--hosts", "2", "--experts-per-host", "4"])
+    assert result.exit_code == 2
+    assert "exclude each other" in result.output
+
+
+@pytest.mark.parametrize("command", [["generate", "hello"], ["status"], ["bench"], ["chat"]])
+def test_without_a_cluster_it_says_how_to_start_one(no_cluster: Cluster, command: list[str]) -> None:
+    done = no_cluster.run(*command)
+    assert done.returncode == 1
+    assert "folkmoot up" in done.stderr
+
+
+def test_down_without_a_cluster_is_no_error(no_cluster: Cluster) -> None:
+    done = no_cluster.run("down")
+    assert done.returncode == 0
+    assert "no cluster" in done.stdout
+
+
+def test_a_folder_that_is_no_checkpoint(no_cluster: Cluster, tmp_path: Path) -> None:
+    done = no_cluster.run("up", "--model", str(tmp_path / "nothing"))
+    assert done.returncode == 1
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_replicas_than_hosts(no_cluster: Cluster, mixtral: Path) -> None:
+    done = no_cluster.run("up", "--model", str(mixtral), "--hosts", "2", "--replicas", "3")
+    assert done.returncode == 1
+    assert "3 replicas need 3 expert hosts" in done.stderr
+
+
+def test_a_second_cluster_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    first, second = StateFolder("x", tmp_path), StateFolder("x", tmp_path)
+    first.acquire()
+    first.write(ClusterState("x", "ready", os.getpid(), gateway="127.0.0.1:1"))
+    with pytest.raises(AlreadyRunning, match=rf"process {os.getpid()}, gateway 127\.0\.0\.1:1.*folkmoot down --name x"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_stale_state_is_cleared(tmp_path: Path) -> None:
+    folder = StateFolder("x", tmp_path)
+    folder.path.mkdir()
+    folder.write(ClusterState("x", "ready", 2**22 + 1, gateway="127.0.0.1:1"))
+    assert not folder.is_held()
+    folder.acquire()
+    assert folder.read() is None
+    folder.release()
+
+
+def test_ranges() -> None:
+    assert status_view.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert status_view.ranges([]) == ""
+
+
+def test_bench_figures() -> None:
+    timings = [bench.Timing(0.1, [0.01] * 98 + [0.5, 0.9], 101), bench.Timing(0.3, [], 1)]
+    figures = bench.figures(timings, wall_s=2.0)
+    assert figures["tokens_per_s"] == 51
+    assert (figures["ttft_p50_ms"], figures["ttft_p99_ms"]) == (100, 300)
+    assert (figures["itl_p50_ms"], figures["itl_p99_ms"]) == (10, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [3.0, 12.0], ids=["before-ray", "after-ray"])
+def test_an_interrupted_start_leaves_nothing_behind(no_cluster: Cluster, mixtral: Path, after_s: float) -> None:
+    command = no_cluster.command("up", "--model", str(mixtral), "--listen", "127.0.0.1:0")
+    process = subprocess.Popen(command, env=no_cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(after_s)  # whatever it is doing by then
+    assert len(processes_of(no_cluster.marker)) > 1, "it had started something"
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60.0)
+    eventually(lambda: not processes_of(no_cluster.marker), 10.0, f"gone: {processes_of(no_cluster.marker)}\n{output!r}")
+    assert b"Traceback" not in output
+
+
+@pytest.mark.slow
+def test_generate_status_and_bench_on_a_running_cluster(cluster: Cluster) -> None:
+    done = cluster.run("generate", "Each expert", "--max-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    again = cluster.run("generate", "Each expert", "--max-tokens", "8")
+    assert done.stdout == again.stdout != "\n"
+    document = json.loads(cluster.run("status", "--json").stdout)
+    assert document["model"] == "tiny-mixtral"
+    assert "host-0" in cluster.run("status").stdout
+    figures = json.loads(
+        cluster.run("bench", "--requests", "4", "--concurrency", "2", "--max-tokens", "8", "--json").stdout
+    )
+    assert figures["generated_tokens"] == 32
+    assert figures["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_chat_keeps_the_conversation_and_ends_with_an_empty_line(cluster: Cluster) -> None:
+    done = cluster.run("chat", "--max-tokens", "4", stdin="hello\nand again\n\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("you:") == 3
+
+
+@pytest.mark.slow
+def test_errors_of_the_engine_reach_the_terminal_without_a_traceback(cluster: Cluster) -> None:
+    done = cluster.run("generate", "word " * 2000)
+    assert done.returncode == 1
+    assert "INVALID_ARGUMENT" in done.stderr and "512" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_up_refuses_a_second_cluster(cluster: Cluster, mixtral: Path) -> None:
+    for detach in ([], ["--detach"]):
+        done = cluster.run("up", "--model", str(mixtral), *detach)
+        assert done.returncode == 1
+        assert "runs already" in done.stderr

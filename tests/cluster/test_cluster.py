@@ -1,0 +1,204 @@
+"""A whole cluster on a tiny model: real Ray, vLLM, Valkey and gRPC. Two of its four hosts are killed on the way."""
+
+import os
+import secrets
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.checkpoints import tiny
+from folkmoot.cluster.processes import is_alive
+from folkmoot.gateway.client import Cancelled, Client, DeadlineExceeded, InvalidRequest
+from tests.cluster.conftest import Cluster, eventually
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "Each expert knows one thing well."
+
+
+def tokens(client: Client, prompt: str | None = PROMPT, **options: Any) -> list[int]:
+    options = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **options}
+    answer: list[int] = []
+    for chunk in client.generate(prompt, **options):
+        if chunk.token_ids:
+            assert chunk.offset == len(answer), "tokens come once and in order"
+        answer += chunk.token_ids
+    return answer
+
+
+def test_generate_streams_the_same_greedy_answer_again(client: Client) -> None:
+    first = tokens(client)
+    assert len(first) == 24
+    assert tokens(client) == first
+
+
+def test_the_last_piece_has_reason_and_usage(client: Client) -> None:
+    *_, last = client.generate(PROMPT, temperature=0.0, max_tokens=5, ignore_eos=True)
+    assert (last.finish_reason, last.completion_tokens) == ("length", 5)
+    assert last.prompt_tokens > 0
+
+
+def test_text_of_the_pieces_is_the_text_of_the_tokens(client: Client, mixtral: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chunks = list(client.generate(PROMPT, temperature=0.0, max_tokens=24, ignore_eos=True))
+    ids = [token for chunk in chunks for token in chunk.token_ids]
+    expected = AutoTokenizer.from_pretrained(mixtral).decode(ids, skip_special_tokens=True)
+    assert "".join(chunk.text for chunk in chunks) == expected
+
+
+def test_chat_goes_through_the_models_own_template(client: Client, mixtral: Path) -> None:
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    tokenizer = AutoTokenizer.from_pretrained(mixtral)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokens(client, None, messages=messages) == tokens(client, None, token_ids=rendered)
+
+
+def test_logprobs_name_the_chosen_token_first(client: Client) -> None:
+    chunks = list(client.generate(PROMPT, temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=2))
+    chosen = [token for chunk in chunks for token in chunk.token_ids]
+    entries = [entry for chunk in chunks for entry in chunk.logprobs]
+    assert [entry[0].token_id for entry in entries] == chosen
+    assert all(entry[0].rank == 1 and entry[0].logprob <= 0 for entry in entries)
+
+
+def test_seeded_sampling_repeats_itself(client: Client) -> None:
+    drawn = [tokens(client, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_stop_string_ends_the_answer(client: Client) -> None:
+    text = client.generate_text(PROMPT, temperature=0.0, max_tokens=24, ignore_eos=True)
+    stop = text[6:9]
+    *_, last = client.generate(PROMPT, temperature=0.0, max_tokens=24, ignore_eos=True, stop=[stop])
+    assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+
+
+def test_many_at_once_get_what_each_gets_alone(client: Client) -> None:
+    prompts = [f"{PROMPT} {n}" for n in range(16)]
+    alone = [tokens(client, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda prompt: tokens(client, prompt), prompts)) == alone
+
+
+def test_a_prompt_beyond_the_models_length_is_refused_with_its_limit(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt.*512|512.*prompt"):
+        tokens(client, "word " * 2000)
+    with pytest.raises(InvalidRequest, match="512"):
+        tokens(client, None, token_ids=[7] * 512)
+
+
+def test_a_prompt_may_fill_all_but_one_position(client: Client) -> None:
+    assert len(tokens(client, None, token_ids=[7] * 511, max_tokens=5)) == 1
+
+
+def test_a_chat_that_the_template_cannot_render_is_the_clients_fault(client: Client) -> None:
+    with pytest.raises(InvalidRequest):
+        list(client.generate(messages=[], max_tokens=2))
+
+
+def running(cluster: Cluster) -> int:
+    return sum(engine.get("running", 0) for engine in cluster.status()["engines"])
+
+
+def test_cancelling_frees_the_engine(cluster: Cluster, client: Client) -> None:
+    request_id = f"cancel-{secrets.token_hex(4)}"
+    stream = client.generate(PROMPT, max_tokens=400, ignore_eos=True, request_id=request_id)
+    assert next(stream).token_ids
+    assert client.cancel(request_id)
+    with pytest.raises(Cancelled):
+        list(stream)
+    eventually(lambda: running(cluster) == 0, 10.0, "the engine dropped it")
+    assert client.request(request_id).num_tokens < 400
+
+
+def test_a_deadline_ends_the_request(cluster: Cluster, client: Client) -> None:
+    with pytest.raises(DeadlineExceeded):
+        tokens(client, max_tokens=400, timeout_s=0.3)
+    eventually(lambda: running(cluster) == 0, 10.0, "the engine dropped it")
+
+
+def test_status_says_what_is_where_and_who_worked(cluster: Cluster, client: Client) -> None:
+    tokens(client)
+    status = cluster.status()
+    assert status["map"]["missing"] == 0
+    assert status["map"]["replicas_least"] == 3
+    assert len(status["hosts"]) == 4
+    assert sorted(e for h in status["hosts"] for e in h["experts"]) == sorted([*range(8)] * 3)
+    assert all(h["alive"] and is_alive(h["pid"]) and h["rows"] > 0 for h in status["hosts"])
+    (engine,) = status["engines"]
+    assert engine["phase"] == "ready" and is_alive(engine["pid"]) and engine["generated_tokens"] > 0
+
+
+def ray_pid(cluster: Cluster, name: str) -> int | None:
+    """The process of a Ray actor, by the title that Ray gives it."""
+    from tests.cluster.conftest import processes_of
+
+    return next((pid for pid, command in processes_of(cluster.marker).items() if name in command), None)
+
+
+def test_a_killed_router_comes_back_and_finds_the_same_hosts(cluster: Cluster, client: Client) -> None:
+    before = cluster.status()
+    expected = tokens(client)
+    pid = ray_pid(cluster, "ExpertRouter")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not is_alive(pid), 5.0, "the router died")
+    assert tokens(client) == expected, "engines go on with the map they have"
+
+    def is_back() -> bool:
+        now = cluster.status()
+        return now["time_s"] > before["time_s"] and ray_pid(cluster, "ExpertRouter") not in (None, pid) and now["engines"]
+
+    eventually(is_back, 30.0, "the router is back")
+    after = eventually(lambda: s if len((s := cluster.status())["hosts"]) == 4 else None, 10.0, "it knows all hosts")
+    assert [(h["host"], h["pid"], h["incarnation"]) for h in after["hosts"]] == [
+        (h["host"], h["pid"], h["incarnation"]) for h in before["hosts"]
+    ]
+    assert after["map"]["missing"] == 0
+    assert tokens(client) == expected
+
+
+@pytest.mark.parametrize("with_actor", [False, True], ids=["host", "host-and-actor"])
+def test_a_host_killed_in_mid_answer_changes_no_token(cluster: Cluster, client: Client, with_actor: bool) -> None:
+    expected = tokens(client, max_tokens=300)
+    before = cluster.status()
+    victim = max((h for h in before["hosts"] if h["alive"]), key=lambda h: h["rows"])
+    answer: list[int] = []
+    after_kill = 0
+    for chunk in client.generate(PROMPT, temperature=0.0, max_tokens=300, ignore_eos=True):
+        answer += chunk.token_ids
+        if len(answer) >= 40 and not after_kill:
+            os.kill(victim["pid"], signal.SIGKILL)
+            if with_actor:
+                os.kill(victim["actor_pid"], signal.SIGKILL)
+        after_kill += len(answer) >= 40
+    assert not is_alive(victim["pid"])
+    assert after_kill > 10, "most of the answer came after the kill"
+    assert answer == expected
+
+    def is_out() -> bool:
+        now = cluster.status()
+        host = next(h for h in now["hosts"] if h["host"] == victim["host"])
+        return not host["alive"] and now["map"]["version"] > before["map"]["version"]
+
+    eventually(is_out, 10.0, "the map goes on without it")
+    assert cluster.status()["map"]["missing"] == 0
+
+
+def test_a_dense_model_runs_without_hosts_and_down_leaves_nothing(no_cluster: Cluster, tmp_path: Path) -> None:
+    dense = tiny("llama", tmp_path / "tiny-llama", dtype="float32")
+    no_cluster.up("--model", str(dense))
+    try:
+        with no_cluster.client() as client:
+            assert len(tokens(client)) == 24
+        status = no_cluster.status()
+        assert status["hosts"] == []
+        assert status["map"]["layers"] == 0
+    finally:
+        no_cluster.down()
