@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 
+from folkmoot.gateway import tasks
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Append, Held, Lease, ModelRecord, RequestQueue
@@ -22,6 +23,7 @@ from folkmoot.gateway.queue import Append, Held, Lease, ModelRecord, RequestQueu
 log = logging.getLogger(__name__)
 
 BEAT_S = 10.0  # an engine that does not register again for so long counts as gone
+LEAVE_S = 5.0  # how long leaving may wait for the store
 POLL_S = 1.0  # how long a lost wake-up can delay a lease
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # pause between two tries while the store is away
 APPENDS_A_CALL = 512
@@ -74,12 +76,10 @@ class LeaseHolder:
     ) -> None:
         """Leaves: written tokens are journalled (for a few seconds), leases still held are given back."""
         with suppress(StoreError, TimeoutError):
-            await asyncio.wait_for(self.flush(), 5.0)
-            await self.release(list(self._held.values()))
-            await self._queue.unregister(self._engine)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            async with asyncio.timeout(LEAVE_S):
+                await self.release(list(self._held.values()))
+                await self._queue.unregister(self._engine)
+        await tasks.cancel(self._tasks)
         await self._stack.aclose()
 
     @property
@@ -105,8 +105,10 @@ class LeaseHolder:
             left_s = until - asyncio.get_running_loop().time()
             if leases or left_s <= 0:
                 return leases
+            # Not wait_for: before Python 3.12 it may swallow a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._work.wait(), min(left_s, POLL_S))
+                async with asyncio.timeout(min(left_s, POLL_S)):
+                    await self._work.wait()
 
     def write(self, lease: Lease, response: pb.GenerateResponse) -> bool:
         """Journal tokens soon, with all others of this step; sets `response.offset`. A `finish` ends the lease.

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from folkmoot.gateway import tasks
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, StoreError, UnknownRequest
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import journal_pb2
@@ -59,18 +60,13 @@ class Stream:
         last = piece.HasField("finish")
         if self.ended or (size and piece.offset + size <= self.position and not last):
             return True
-        if size and piece.offset > self.position:
+        if piece.offset > self.position:
             return False
         if last:
             self.ended = True
-            if not piece.offset and not size:  # ended by the store or by a gateway, who do not count
-                piece.offset = self.position
-            elif piece.offset > self.position:
-                self.ended = False
-                return False
             piece.usage.completion_tokens = piece.offset + size
             piece.usage.prompt_tokens = piece.usage.prompt_tokens or self._prompt_tokens
-            if size and piece.offset + size <= self.position:  # only its finish is news
+            if piece.offset + size <= self.position:  # only its finish is news
                 for name in ("token_ids", "text", "logprobs"):
                     piece.ClearField(name)
                 piece.offset, size = self.position, 0
@@ -106,7 +102,7 @@ class JournalReader:
             channels = (store.keys.pushes(self.gateway),)
             await stack.enter_async_context(store.subscribed(channels, self._pushed, self._catch_up_all))
             task = asyncio.create_task(self._attend_loop())
-            stack.callback(task.cancel)
+            stack.push_async_callback(tasks.cancel, [task])
             yield self
 
     def open(self, request_id: str, offset: int = 0) -> Stream:

@@ -29,7 +29,7 @@ local function count(r, state, sign)
   redis.call('HINCRBY', key, state .. '_tokens', sign * r.cost)
 end
 
--- Protobuf framing of internal.Batch / Event / GenerateResponse.finish: see proto/folkmoot/v1.
+-- Protobuf framing of internal.Batch, Event, and GenerateResponse with offset and finish: see proto/folkmoot/v1.
 local function varint(n)
   local out = ''
   while n > 127 do
@@ -39,9 +39,9 @@ local function varint(n)
   return out .. string.char(n)
 end
 local function bytes_field(tag, value) return string.char(tag) .. varint(#value) .. value end
-local function finish(reason, code, message)
+local function finish(offset, reason, code, message)
   local body = string.char(8) .. varint(reason) .. string.char(16) .. varint(code) .. bytes_field(26, message)
-  return bytes_field(50, body)
+  return string.char(16) .. varint(offset) .. bytes_field(50, body)
 end
 local CANCELLED, DEADLINE, ERROR = 3, 4, 5
 
@@ -95,11 +95,11 @@ end
 local function over(id, r)
   if r.state == 'done' then return true end
   if now >= r.deadline then
-    close(id, r, r.next, finish(DEADLINE, 4, 'the deadline passed before the request was finished'), 0)
+    close(id, r, r.next, finish(r.next, DEADLINE, 4, 'the deadline passed before the request was finished'), 0)
   elseif r.state == 'queued' and r.epoch == 0 and now >= r.queue_deadline then
-    close(id, r, r.next, finish(ERROR, 14, 'no engine took the request in time; retry later'), 0)
+    close(id, r, r.next, finish(r.next, ERROR, 14, 'no engine took the request in time; retry later'), 0)
   elseif r.grace > 0 and now >= r.attended then
-    close(id, r, r.next, finish(CANCELLED, 1, 'the client went away and did not come back'), 0)
+    close(id, r, r.next, finish(r.next, CANCELLED, 1, 'the client went away and did not come back'), 0)
   end
   return r.state == 'done'
 end
@@ -107,7 +107,7 @@ end
 local function bury(id, r, message)
   redis.call('XADD', root .. ':dead:' .. r.model, 'MAXLEN', '~', 10000, '*', 'id', id, 'error', message,
              'attempts', r.attempts, 'body', redis.call('HGET', request_key(id), 'body'))
-  close(id, r, r.next, finish(ERROR, 13, message), 0)
+  close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 
 local function watch(id, r, gateway)
@@ -337,7 +337,7 @@ CANCEL = (
 local r = read(ARGV[1])
 if not r then return 'unknown' end
 if over(ARGV[1], r) then flush() return 'done' end
-close(ARGV[1], r, r.next, finish(CANCELLED, 1, ARGV[2]), 0)
+close(ARGV[1], r, r.next, finish(r.next, CANCELLED, 1, ARGV[2]), 0)
 flush()
 return 'cancelled'
 """

@@ -14,7 +14,7 @@ class GatewaySettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    listen: str = "127.0.0.1:50051"
+    listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d{1,5})$")] = "127.0.0.1:50051"
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379"  # may hold a password
     namespace: str = "folkmoot"
     queue: QueueSettings = QueueSettings()

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -12,7 +12,7 @@ from redis import exceptions as rex
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from folkmoot.gateway import errors, scripts
+from folkmoot.gateway import errors, scripts, tasks
 from folkmoot.gateway.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -94,9 +94,7 @@ class Store:
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await tasks.cancel([task])
 
     async def _listen(self, channels: Sequence[str], on_message: OnMessage, on_connect: OnConnect) -> None:
         backoff_s = BACKOFF_FIRST_S

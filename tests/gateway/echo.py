@@ -3,6 +3,7 @@
 import asyncio
 from types import TracebackType
 
+from folkmoot.gateway import tasks
 from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Held, Lease, ModelRecord, RequestQueue
@@ -59,10 +60,7 @@ class EchoEngine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.cancel()
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(self._loop, *self._running, return_exceptions=True)
+        await tasks.cancel([self._loop, *self._running])
         await self.holder.__aexit__(None, None, None)
 
     def _on_ended(self, lease: Lease, why: Held) -> None:

@@ -1,4 +1,4 @@
-"""Nothing is lost and nothing comes twice: killed gateways, killed engines, zombies, second tries, the Python client."""
+"""Nothing is lost and nothing comes twice: killed gateways and engines, zombies, second tries, the Python client."""
 
 import asyncio
 import os
@@ -227,9 +227,13 @@ async def test_nobody_comes_back(gateway: str, queue: RequestQueue) -> None:
 
 async def test_cancel_from_elsewhere(gateway: str, queue: RequestQueue) -> None:
     async with EchoEngine(queue, step_s=0.01), AsyncClient(gateway) as client:
-        with pytest.raises(Cancelled) as caught:
+
+        async def cancel_at_the_first_token() -> None:
             async for _ in client.generate(token_ids=[1], max_tokens=4000, request_id="x"):
                 await client.cancel("x")
+
+        with pytest.raises(Cancelled) as caught:
+            await cancel_at_the_first_token()
         assert caught.value.request_id == "x"
         assert not await client.cancel("x")
 
