@@ -1,5 +1,6 @@
 """What both sides need of a vLLM process: imports before a fork, an engine configuration, a world of one rank."""
 
+import gc
 import importlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ _HEAVY = (
     "vllm.model_executor.model_loader",
     "vllm.model_executor.layers.fused_moe.layer",
     "vllm.model_executor.layers.quantization.mxfp4",
+    "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.models.mixtral",
     "vllm.tokenizers",
     "folkmoot.experts.vllm_api.hosted",
@@ -45,6 +47,8 @@ def preimport(architectures: Sequence[str] = (), *, device: str = "cpu") -> None
         importlib.import_module(module)
     for architecture in architectures:
         register_eagerly(architecture)
+    gc.collect()
+    gc.freeze()  # a child's collections then pass over what is imported: they would copy its pages, for over a second
 
 
 def register_eagerly(architecture: str) -> None:
