@@ -2,11 +2,10 @@
 
 It lives in the process that runs the model. `Dispatcher.forward` is the whole of a layer's routed experts:
 
-1. route: a replica for each expert with rows, balanced over hosts (`fm_route` in hop.c);
-2. pack each host's rows into its link, post to all;
-3. run the shared experts while the rows are away;
-4. wait; a host that dies, stalls or answers wrongly is dropped, and its rows go back to step 1;
-5. combine the rows in slot order.
+1. choose a replica for each expert with rows, level over hosts; pack each host's rows; post to all (`fm_begin`, hop.c);
+2. run the shared experts while the rows are away;
+3. wait; a host that dies, stalls or answers wrongly is dropped, and its rows go back to step 1 (`fm_finish`);
+4. combine the rows in slot order (`fm_combine`).
 
 Since a host returns one unweighted row for each (token, expert) pair and the sum is always in slot order, the result
 does not depend on which replica served which pair. With combine="sum" hosts return weighted sums instead: fewer
@@ -30,7 +29,7 @@ from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
 from folkmoot.experts.feed import MapFeed, read_map
 from folkmoot.experts.links import Link, LinkError
 from folkmoot.experts.node import node_id
-from folkmoot.experts.wire import Header, Hello
+from folkmoot.experts.wire import Hello
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +108,8 @@ class Routes:
     expert_map: ExpertMap
     links: tuple[Link, ...]
     tables: dict[int, np.ndarray]
+    pointers: ctypes.Array[ctypes.c_void_p]
+    """of the links' native structs, by index"""
 
 
 def routes_of(expert_map: ExpertMap, live: dict[str, Link]) -> Routes:
@@ -122,7 +123,8 @@ def routes_of(expert_map: ExpertMap, live: dict[str, Link]) -> Routes:
             for i, (link, slot) in enumerate(replicas):
                 table[e, i] = (link, slot)
         tables[n] = table
-    return Routes(expert_map, tuple(live.values()), tables)
+    pointers = (ctypes.c_void_p * len(live))(*(ctypes.addressof(link.raw) for link in live.values()))
+    return Routes(expert_map, tuple(live.values()), tables, pointers)
 
 
 class Dispatcher:
@@ -140,6 +142,7 @@ class Dispatcher:
         self._latest: ExpertMap | None = None
         self._routes: Routes | None = None
         self._served: dict[int, np.ndarray] = {}
+        self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._reported_at = time.monotonic()
         self._feed: MapFeed | None = None
         if config.map_path is not None:
@@ -197,13 +200,11 @@ class Dispatcher:
         if shape != self._shape:
             self._set_shape(shape)
         call = _Call(self, layer, x, topk_weights, topk_ids)
-        shared_out = None
-        posted = call.post()
-        if shared is not None:
-            shared_out = shared()
-        while posted:
-            call.collect(posted)
-            posted = call.post()
+        left = call.post()
+        shared_out = shared() if shared is not None else None
+        while left:
+            call.wait()
+            left = call.post()
         self._report()
         return call.combine(), shared_out
 
@@ -245,18 +246,13 @@ class Dispatcher:
                 self._routes = routes_of(self._routes.expert_map, live)
         self._send_dead(address, reason)
 
-    def header(self, link: Link, layer: int, flags: int, rows: int, pairs: int, size: int, version: int) -> Header:
-        """The header of the next request on a link."""
-        link.seq += 1
-        return Header(
-            wire.REQUEST, flags, link.seq, version, self.incarnation, link.address.incarnation, layer, rows, pairs, size
-        )
-
-    def count(self, layer: int, experts: int) -> np.ndarray:
-        """The counters int64 [experts] of rows served in a layer."""
-        if layer not in self._served:
-            self._served[layer] = np.zeros(experts, np.int64)
-        return self._served[layer]
+    def counters(self, layer: int, experts: int, num_links: int) -> tuple[int, int, int]:
+        """Addresses of hop.c's served int64 [experts] (of this layer), scratch and cost."""
+        if (found := self._counters.get((layer, num_links))) is None:
+            served = self._served.setdefault(layer, np.zeros(experts, np.int64))
+            scratch, cost = np.zeros(2 * experts, np.int32), np.zeros(num_links, np.int64)
+            self._counters[(layer, num_links)] = found = (served, scratch, cost)
+        return found[0].ctypes.data, found[1].ctypes.data, found[2].ctypes.data
 
     def _set_shape(self, shape: Shape) -> None:
         """The first call, or a change of dtype or width: links are made for one shape."""
@@ -329,177 +325,129 @@ class _Call:
         self.weights = topk_weights.to("cpu", torch.float32).contiguous()
         self.ids = topk_ids.to("cpu", torch.int32).contiguous()
         self.tokens, self.k = self.ids.shape
-        self.hidden = self.x.shape[1]
-        self.row_bytes = self.hidden * self.x.element_size()
-        self.sum = owner.config.combine == "sum"
-        n = self.tokens * self.k
-        self.pairs = n
-        # One block for all int32 columns: a fresh numpy array costs more than the routing itself.
-        self.block = np.empty((3, n), np.int32)
-        self.host, self.row, self.slot = (self.block.ctypes.data + i * n * 4 for i in range(3))
-        self.done = np.zeros(n, np.uint8)
-        self.pointers = np.zeros(n, np.uint64)
-        self.kept: list[object] = []  # what the pointers point into
-        self.partial: torch.Tensor | None = None
+        self.pairs = self.tokens * self.k
+        self.row_bytes = self.x.shape[1] * self.x.element_size()
+        # One block for the columns that hop.c fills, since each array of its own would cost a microsecond or two:
+        # 8 bytes a pair for `rows`, 4 each for `host`, `row` and `factors`, 1 for `done`.
+        self.block = np.zeros(self.pairs * 21, np.uint8)
         self.routes: Routes | None = None
         self.rounds = 0
+        self.kept: list[object] = []  # what rows of earlier rounds lie in
+        at, n = self.block.ctypes.data, self.pairs
+        self.call = native.Call(
+            x=self.x.data_ptr(),
+            ids=self.ids.data_ptr(),
+            weights=self.weights.data_ptr(),
+            rows=at,
+            host=at + 8 * n,
+            row=at + 12 * n,
+            factors=at + 16 * n,
+            done=at + 20 * n,
+            row_bytes=self.row_bytes,
+            pairs=n,
+            k=self.k,
+            expert_cost=owner.config.expert_cost,
+            layer=layer,
+            flags=wire.FLAG_SUM if owner.config.combine == "sum" else 0,
+        )
 
-    def post(self) -> list[tuple[int, Link, Header]]:
-        """Route the pairs that are not done, and post them. Empty once all are done."""
+    @property
+    def done(self) -> np.ndarray:
+        """bool [pairs]: which have their rows."""
+        return self.block[20 * self.pairs :].view(np.bool_)
+
+    def post(self) -> bool:
+        """Route the pairs that have no row yet, and post them; whether there were any."""
         if not self.pairs or (self.rounds and self.done.all()):
-            return []
+            return False
         if self.rounds:
             self._keep_rows()
         self.rounds += 1
-        routes, host_rows = self._route()
-        posted = []
-        for index, rows in enumerate(host_rows.tolist()):
-            if rows:
-                link = routes.links[index]
-                posted.append((index, link, self._pack(index, link, rows, routes.expert_map.version)))
-        failed = links.post_all([p[1] for p in posted], [p[2] for p in posted])
-        for link, error in failed:
-            self.owner.fail(link, str(error))
-        gone = [link for link, _ in failed]
-        return [p for p in posted if p[1] not in gone] or self.post()
+        self.routes = self._route()
+        for link in self.routes.links:
+            if link.raw.state == native.WAITING:
+                try:
+                    link.send()
+                except LinkError as e:
+                    self._fail(link, str(e))
+        return True
 
-    def _route(self) -> tuple[Routes, np.ndarray]:
-        """A replica and a row for each pair; waits for a new map while an expert has none."""
+    def _route(self) -> Routes:
+        """Choose replicas, pack and publish; waits for a new map while an expert has no live replica."""
         owner, newer_than = self.owner, None
         while True:
             routes = owner.routes_for(self.layer, newer_than)
             table = routes.tables.get(self.layer)
             if table is None:
                 raise DispatchError(f"layer {self.layer} is not in expert map version {routes.expert_map.version}")
-            experts, replicas, _ = table.shape
-            hosts = len(routes.links)
-            host_rows, host_cost = np.zeros(hosts, np.int32), np.zeros(hosts, np.int64)
-            scratch = np.empty(2 * experts, np.int32)
-            status = native.route(
-                self.ids.data_ptr(), self.pairs, experts, table.ctypes.data, replicas, hosts,
-                self.done.ctypes.data, owner.config.expert_cost, self.host, self.row, self.slot,
-                host_rows.ctypes.data, host_cost.ctypes.data, owner.count(self.layer, experts).ctypes.data,
-                scratch.ctypes.data,
-            )  # fmt: skip
+            call, (experts, replicas, _) = self.call, table.shape
+            call.table, call.experts, call.replicas = table.ctypes.data, experts, replicas
+            call.map_version, call.links = routes.expert_map.version, len(routes.links)
+            call.served, call.scratch, call.cost = owner.counters(self.layer, experts, len(routes.links))
+            status = native.begin(ctypes.addressof(call), routes.pointers)
             if status == 0:
-                self.routes = routes
-                return routes, host_rows
+                return routes
             if status == native.OUT_OF_RANGE:
                 raise DispatchError(f"layer {self.layer}: topk_ids outside 0..{experts - 1}")
-            version = routes.expert_map.version
+            newer_than = routes.expert_map.version
             log.warning("layer %d, expert %d has no live replica; waiting for a new map", self.layer, -1 - status)
             try:
-                owner.routes_for(self.layer, version)
+                owner.routes_for(self.layer, newer_than)
             except DispatchError as e:
-                raise NoReplicaError(self.layer, -1 - status, version) from e
-            newer_than = version
+                raise NoReplicaError(self.layer, -1 - status, newer_than) from e
 
-    def _pack(self, index: int, link: Link, rows: int, version: int) -> Header:
-        if self.sum:
-            return self._pack_sum(index, link, version)
-        slots = link.request + wire.align(rows * self.row_bytes)
-        native.pack(
-            self.x.data_ptr(), self.row_bytes, self.pairs, self.k, self.done.ctypes.data, self.host, self.row,
-            self.slot, index, link.request, slots,
-        )  # fmt: skip
-        size = slots + rows * 4 - link.request
-        return self.owner.header(link, self.layer, 0, rows, rows, size, version)
-
-    def _pack_sum(self, index: int, link: Link, version: int) -> Header:
-        """Unique token rows, and for each pair its slot, its token among them and its weight."""
-        pairs = np.flatnonzero((self.block[0] == index) & (self.done == 0))
-        tokens, token_of_pair = np.unique(pairs // self.k, return_inverse=True)
-        parts = (
-            self.x[torch.from_numpy(tokens)],
-            torch.from_numpy(self.block[2][pairs]),
-            torch.from_numpy(token_of_pair.astype(np.int32)),
-            self.weights.view(-1)[torch.from_numpy(pairs)],
-        )
-        at = link.request
-        for part in parts:
-            ctypes_copy(at, part)
-            at = link.request + wire.align(at - link.request + part.nbytes)
-        size = at - link.request
-        return self.owner.header(link, self.layer, wire.FLAG_SUM, len(tokens), len(pairs), size, version)
-
-    def collect(self, posted: list[tuple[int, Link, Header]]) -> None:
-        """Wait for all replies. A host that fails is dropped, and its pairs stay undone."""
-        config = self.owner.config
-        waiters = (native.Waiter * len(posted))()
-        for waiter, (_, link, _) in zip(waiters, posted, strict=True):
-            link.arm(waiter)
-        left = len(posted)
-        deadline = time.monotonic() + config.call_timeout_s
-        handled = [False] * left
-        while left:
-            remaining_us = max(0, int((deadline - time.monotonic()) * 1e6))
-            found = native.wait(waiters, len(posted), config.yield_us, remaining_us)
-            for i, (index, link, header) in enumerate(posted):
-                state = waiters[i].state
-                if handled[i] or (state == native.PENDING and found):
-                    continue
-                handled[i] = True
-                waiters[i].state = native.READY
-                left -= 1
-                if state == native.PENDING:
-                    self.owner.fail(link, f"no answer within {config.call_timeout_s} s")
-                elif state == native.CLOSED:
-                    self.owner.fail(link, "connection closed")
-                else:
-                    self._take(index, link, header)
-
-    def _take(self, index: int, link: Link, sent: Header) -> None:
-        """Check a reply against its request and note where its rows lie."""
-        try:
-            reply = link.receive()
-        except LinkError as e:
-            self.owner.fail(link, str(e))
-            return
-        expected = sent._replace(kind=wire.REPLY, payload_bytes=sent.rows * self.row_bytes)
-        if reply != expected:
-            self.owner.fail(link, f"the reply does not match its request: {reply} instead of {expected}")
-            return
+    def wait(self) -> None:
+        """Wait for all replies. A host that fails is dropped, and its pairs stay without rows."""
+        config, routes = self.owner.config, self.routes
+        assert routes is not None
+        call, deadline = ctypes.addressof(self.call), time.monotonic() + config.call_timeout_s
+        status = native.ATTENTION
+        while status == native.ATTENTION:
+            left_us = int((deadline - time.monotonic()) * 1e6)
+            status = native.finish(call, routes.pointers, config.yield_us, max(0, left_us))
+            for index, link in enumerate(routes.links):
+                state = link.raw.state
+                if state == native.READABLE:
+                    self._receive(index, link)
+                elif state == native.GONE:
+                    self._fail(link, "connection closed")
+                elif state == native.WRONG:
+                    self._fail(link, link.why())
+                elif state == native.WAITING and status == native.TIMEOUT:
+                    self._fail(link, f"no answer within {config.call_timeout_s} s")
         served = self.owner.rows_served
-        served[link.address.host] = served.get(link.address.host, 0) + sent.pairs
-        if self.sum:
-            self._add_sum(index, link, sent.rows)
-        native.collect(
-            self.pairs, self.done.ctypes.data, self.host, self.row, index, link.reply, self.row_bytes,
-            self.pointers.ctypes.data,
-        )  # fmt: skip
+        for link in routes.links:
+            if link.raw.state == native.DONE:
+                served[link.address.host] = served.get(link.address.host, 0) + link.raw.header.pairs
 
-    def _add_sum(self, index: int, link: Link, rows: int) -> None:
-        pairs = np.flatnonzero((self.block[0] == index) & (self.done == 0))
-        tokens = torch.from_numpy(np.unique(pairs // self.k))
-        if self.partial is None:
-            self.partial = torch.zeros((self.tokens, self.hidden), dtype=torch.float32)
-        back = torch.empty((rows, self.hidden), dtype=self.x.dtype)
-        ctypes.memmove(back.data_ptr(), link.reply, back.nbytes)
-        self.partial.index_add_(0, tokens, back.float())
+    def _receive(self, index: int, link: Link) -> None:
+        """Read a reply over TCP, and check it."""
+        try:
+            header = link.receive()
+        except LinkError as e:
+            self._fail(link, str(e))
+            return
+        native.collect(ctypes.addressof(self.call), ctypes.addressof(link.raw), index, ctypes.addressof(header))
+        if link.raw.state == native.WRONG:
+            self._fail(link, link.why())
+
+    def _fail(self, link: Link, reason: str) -> None:
+        link.raw.state = native.IDLE
+        self.owner.fail(link, reason)
 
     def _keep_rows(self) -> None:
-        """Before a second round overwrites the links: copy the rows that have arrived, and point to the copies."""
-        if self.sum:
-            return
+        """Before another round overwrites the links: copy the rows that have arrived, and point to the copies."""
         rows = np.empty((self.pairs, self.row_bytes), np.uint8)
-        for p in np.flatnonzero(self.done).tolist():
-            ctypes.memmove(rows.ctypes.data + p * self.row_bytes, int(self.pointers[p]), self.row_bytes)
-            self.pointers[p] = rows.ctypes.data + p * self.row_bytes
+        pointers = self.block[: 8 * self.pairs].view(np.uint64)
+        for p in np.flatnonzero(self.done & (pointers != 0)).tolist():
+            ctypes.memmove(rows.ctypes.data + p * self.row_bytes, int(pointers[p]), self.row_bytes)
+            pointers[p] = rows.ctypes.data + p * self.row_bytes
         self.kept.append(rows)
 
     def combine(self) -> torch.Tensor:
         """Sum over a token's pairs in slot order, weighted, in float32, rounded once: [tokens, hidden]."""
-        if self.partial is not None:
-            return self.partial.to(self.x.dtype).to(self.device)
         out = torch.empty_like(self.x)
-        dtype = native.DTYPES[str(self.x.dtype).removeprefix("torch.")]
-        native.combine(
-            out.data_ptr(), dtype, self.tokens, self.k, self.hidden, self.pointers.ctypes.data, self.weights.data_ptr()
-        )
+        if self.pairs:
+            dtype = native.DTYPES[str(self.x.dtype).removeprefix("torch.")]
+            native.combine(ctypes.addressof(self.call), out.data_ptr(), dtype)
         return out.to(self.device)
-
-
-def ctypes_copy(address: int, tensor: torch.Tensor) -> None:
-    """Copy a CPU tensor's bytes to an address."""
-    tensor = tensor.contiguous()
-    ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)

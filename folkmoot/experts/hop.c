@@ -1,8 +1,8 @@
-/* The hot path of one hop to the expert hosts and back: route, pack, post, wait, combine.
+/* The hot path of one hop to the expert hosts and back, on both ends: route, pack, post, wait, check, combine.
  *
- * Everything here could be done in Python; it is C because it runs once a layer and token step, where a millisecond
- * of Python would cost more than moving the bytes. Called through ctypes (folkmoot/experts/native.py), which drops
- * the GIL; nothing here allocates, locks or knows of Python. All sizes are checked by the callers in dispatcher.py.
+ * Everything here could be done in Python; it is C because it runs once a layer and token step, where a hundred
+ * microseconds of Python would cost more than moving the bytes. Called through ctypes (folkmoot/experts/native.py),
+ * which drops the GIL; nothing here allocates, locks or knows of Python. The structs stand in native.py as well.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,9 +21,29 @@
 #endif
 
 #define MAX_WAITERS 1024
+#define ALIGN64(n) (((n) + 63) & ~(int64_t)63)
 
-enum { PENDING = 0, READY = 1, CLOSED = 2 };
+enum { PENDING = 0, READY = 1, CLOSED = 2 };                              /* a waiter */
+enum { IDLE = 0, WAITING = 1, DONE = 2, GONE = 3, WRONG = 4, READABLE = 5 }; /* a link */
 enum { F32 = 0, BF16 = 1, F16 = 2 };
+enum { REQUEST = 1, REPLY = 2, ERROR_REPLY = 3, FLAG_SUM = 1, MAGIC = 0x316B4D46 };
+enum { /* why a request is refused: the messages are in host.py */
+    OK = 0, BAD_KIND = -1, BAD_INCARNATION = -2, BAD_SEQUENCE = -3, BAD_LAYER = -4, BAD_ROWS = -5, BAD_SIZE = -6,
+    BAD_SLOT = -7, BAD_TOKEN = -8
+};
+
+/* Offsets in a shared segment's first page: see wire.py. */
+enum { REQUEST_FLAG = 0, HOST_SLEEPING = 64, REPLY_FLAG = 128, ENGINE_SLEEPING = 192, REQUEST_HEADER = 256,
+       REPLY_HEADER = 320 };
+
+struct header { /* wire.py: Header */
+    uint32_t magic;
+    uint16_t kind, flags;
+    uint64_t seq, map_version, engine_incarnation, host_incarnation;
+    uint32_t layer, rows, pairs, payload_bytes;
+    uint64_t reserved;
+};
+_Static_assert(sizeof(struct header) == 64, "the header is 64 bytes");
 
 /* One thing to wait for. With a flag: ready once *flag == want, and `fd` only rings and tells of a death.
  * Without: ready once fd is readable. state PENDING is set by the caller; others are skipped. */
@@ -31,18 +51,10 @@ struct waiter {
     uint64_t *flag;     /* in shared memory, written by the peer */
     uint32_t *sleeping; /* in shared memory: we block, so ring */
     uint64_t want;
-    int32_t fd;
-    int32_t state;
+    int32_t fd, state;
 };
 
-/* One thing to post: the flag that the peer waits for, and whether it sleeps. */
-struct post {
-    uint64_t *flag;
-    uint32_t *sleeping;
-    uint64_t value;
-    int32_t fd;
-    int32_t pad;
-};
+/* ---- waiting and ringing -------------------------------------------------------------------------------------- */
 
 static int64_t now_us(void) {
     struct timespec t;
@@ -50,12 +62,13 @@ static int64_t now_us(void) {
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-/* Publish every flag before ringing anyone: the first one woken may take our core. */
-void fm_post(struct post *p, int n) {
-    for (int i = 0; i < n; i++) __atomic_store_n(p[i].flag, p[i].value, __ATOMIC_SEQ_CST);
-    for (int i = 0; i < n; i++)
-        if (__atomic_load_n(p[i].sleeping, __ATOMIC_SEQ_CST))
-            (void)!send(p[i].fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL); /* a full socket has been rung already */
+static void publish(uint8_t *page, int flag, uint64_t value) {
+    __atomic_store_n((uint64_t *)(page + flag), value, __ATOMIC_SEQ_CST);
+}
+
+static void ring(uint8_t *page, int sleeping, int fd) {
+    if (__atomic_load_n((uint32_t *)(page + sleeping), __ATOMIC_SEQ_CST))
+        (void)!send(fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL); /* a full socket has been rung already */
 }
 
 static int check_flags(struct waiter *w, int n) {
@@ -70,7 +83,8 @@ static int check_flags(struct waiter *w, int n) {
 
 static void set_sleeping(struct waiter *w, int n, uint32_t value) {
     for (int i = 0; i < n; i++)
-        if (w[i].state == PENDING && w[i].sleeping) __atomic_store_n(w[i].sleeping, value, __ATOMIC_SEQ_CST);
+        if (w[i].sleeping && (w[i].state == PENDING || !value))
+            __atomic_store_n(w[i].sleeping, value, __ATOMIC_SEQ_CST);
 }
 
 /* Read away the doorbell's bytes; end-of-file or an error is a death. */
@@ -108,107 +122,252 @@ static int poll_once(struct waiter *w, int n, int64_t timeout_us) {
 /* Wait until something pending is ready or closed; returns how many are. 0 after timeout_us (negative: never).
  * Yields the core for yield_us first (a peer on the same core needs it to answer), then blocks. */
 int fm_wait(struct waiter *w, int n, int64_t yield_us, int64_t timeout_us) {
-    if (n > MAX_WAITERS) return -1;
     int64_t began = now_us();
     int found;
+    if (n > MAX_WAITERS) return -1;
     do {
         if ((found = check_flags(w, n))) return found;
         sched_yield();
     } while (now_us() - began < yield_us);
     for (;;) {
         set_sleeping(w, n, 1);
-        found = check_flags(w, n);
-        if (!found) {
-            int64_t left = timeout_us < 0 ? -1 : timeout_us - (now_us() - began);
-            if (timeout_us >= 0 && left <= 0) {
-                set_sleeping(w, n, 0);
-                return 0;
-            }
-            found = poll_once(w, n, left);
-            set_sleeping(w, n, 0);
-            found += check_flags(w, n);
-        } else {
-            set_sleeping(w, n, 0);
-        }
-        if (found) {
-            for (int i = 0; i < n; i++)
-                if (w[i].sleeping) __atomic_store_n(w[i].sleeping, 0, __ATOMIC_SEQ_CST);
-            return found;
-        }
+        found = check_flags(w, n); /* what came before the peer could see that we sleep */
+        int64_t left = timeout_us < 0 ? -1 : timeout_us - (now_us() - began);
+        if (!found && (timeout_us < 0 || left > 0)) found = poll_once(w, n, left);
+        set_sleeping(w, n, 0);
+        found += check_flags(w, n);
+        if (found || (timeout_us >= 0 && left <= 0)) return found;
     }
 }
 
-/* Choose a replica for every expert that has rows, and a row of that host's request for every pair.
- *
- * ids: [pairs] logical experts. table: [experts][replicas][2] = (host index, slot), host -1 for none.
- * done: [pairs], pairs to skip, or NULL. Out: pair_host, pair_row, pair_slot [pairs]; host_rows [hosts];
- * served [experts] counts rows. scratch: [2 * experts] int32.
- * One expert's rows go to one replica, since a second copy would read its weights again; experts without a choice
- * are placed first, then the largest, each on the host with the least cost so far. Cost = rows + expert_cost.
- * Returns 0; -1 - e for an expert e without a replica; INT32_MIN for an id out of range. */
-int fm_route(const int32_t *ids, int pairs, int experts, const int32_t *table, int replicas, int hosts,
-             const uint8_t *done, int expert_cost, int32_t *pair_host, int32_t *pair_row, int32_t *pair_slot,
-             int32_t *host_rows, int64_t *host_cost, int64_t *served, int32_t *scratch) {
-    int32_t *count = scratch, *chosen = scratch + experts;
-    memset(count, 0, sizeof(int32_t) * experts);
-    for (int p = 0; p < pairs; p++) {
-        if (done && done[p]) continue;
-        if (ids[p] < 0 || ids[p] >= experts) return INT32_MIN;
-        count[ids[p]]++;
+/* ---- the engine's end ----------------------------------------------------------------------------------------- */
+
+struct link { /* native.Link: one connection to a host */
+    struct header header; /* of the last request */
+    uint8_t *request, *reply, *page; /* areas for payloads; page is NULL for TCP */
+    int64_t reply_limit;
+    uint64_t engine_incarnation, host_incarnation, seq;
+    int32_t fd, state, rows, last_token;
+};
+
+struct call { /* native.Call: one layer's rows. Pairs are (token, slot) in row-major order. */
+    const uint8_t *x;      /* [tokens] rows of row_bytes */
+    const int32_t *ids;    /* [pairs] logical experts */
+    const float *weights;  /* [pairs] */
+    const int32_t *table;  /* [experts][replicas][2]: (link, slot), link -1 for none */
+    uint8_t *done;         /* [pairs]: has its row */
+    int32_t *host, *row;   /* [pairs]: link, and row in that link's reply */
+    const uint8_t **rows;  /* [pairs]: where the row lies; NULL if its sum came with another pair's */
+    float *factors;        /* [pairs]: what the row counts in the sum */
+    int64_t *served;       /* [experts]: rows so far */
+    int32_t *scratch;      /* [2 * experts] */
+    int64_t *cost;         /* [links] */
+    uint64_t map_version;
+    int64_t row_bytes;
+    int32_t pairs, k, experts, replicas, links, expert_cost, layer, flags;
+};
+
+/* A replica for every expert that has rows. One expert's rows go to one replica, since a second copy would read its
+ * weights again; experts without a choice first, then the larger ones, each to the host with the least cost so far.
+ * Cost = rows + expert_cost. Returns 0; -1 - e for an expert e without a replica; INT32_MIN for an id out of range. */
+static int choose_replicas(struct call *c) {
+    int32_t *count = c->scratch, *chosen = c->scratch + c->experts, largest = 0;
+    memset(count, 0, sizeof(int32_t) * c->experts);
+    memset(c->cost, 0, sizeof(int64_t) * c->links);
+    for (int p = 0; p < c->pairs; p++) {
+        if (c->done[p]) continue;
+        if (c->ids[p] < 0 || c->ids[p] >= c->experts) return INT32_MIN;
+        count[c->ids[p]]++;
     }
-    memset(host_rows, 0, sizeof(int32_t) * hosts);
-    memset(host_cost, 0, sizeof(int64_t) * hosts);
-    int largest = 0;
-    for (int e = 0; e < experts; e++) {
+    for (int e = 0; e < c->experts; e++) {
+        const int32_t *of = &c->table[e * c->replicas * 2];
         chosen[e] = -1;
         if (!count[e]) continue;
-        if (table[e * replicas * 2] < 0) return -1 - e;
+        if (of[0] < 0) return -1 - e;
         if (count[e] > largest) largest = count[e];
-        if (replicas == 1 || table[(e * replicas + 1) * 2] < 0) {
+        if (c->replicas == 1 || of[2] < 0) {
             chosen[e] = 0;
-            host_cost[table[e * replicas * 2]] += count[e] + expert_cost;
+            c->cost[of[0]] += count[e] + c->expert_cost;
         }
-        served[e] += count[e];
     }
-    for (int size = largest; size > 0; size = size > 8 ? size / 2 : size - 1) /* largest first, roughly */
-        for (int e = 0; e < experts; e++) {
+    for (int size = largest; size > 0; size = size > 8 ? size / 2 : size - 1)
+        for (int e = 0; e < c->experts; e++) {
             if (count[e] < size || chosen[e] >= 0) continue;
-            const int32_t *row = &table[e * replicas * 2];
+            const int32_t *of = &c->table[e * c->replicas * 2];
             int best = 0;
-            for (int r = 1; r < replicas && row[r * 2] >= 0; r++)
-                if (host_cost[row[r * 2]] < host_cost[row[best * 2]]) best = r;
+            for (int r = 1; r < c->replicas && of[r * 2] >= 0; r++)
+                if (c->cost[of[r * 2]] < c->cost[of[best * 2]]) best = r;
             chosen[e] = best;
-            host_cost[row[best * 2]] += count[e] + expert_cost;
+            c->cost[of[best * 2]] += count[e] + c->expert_cost;
         }
-    for (int p = 0; p < pairs; p++) {
-        if (done && done[p]) continue;
-        const int32_t *replica = &table[(ids[p] * replicas + chosen[ids[p]]) * 2];
-        pair_host[p] = replica[0];
-        pair_slot[p] = replica[1];
-        pair_row[p] = host_rows[replica[0]]++;
-    }
     return 0;
 }
 
-/* Copy the rows of x that go to `host`, one a pair, and their slots, into its request. x: [pairs / k] rows. */
-void fm_pack(const uint8_t *x, int64_t row_bytes, int pairs, int k, const uint8_t *done, const int32_t *pair_host,
-             const int32_t *pair_row, const int32_t *pair_slot, int host, uint8_t *rows, int32_t *slots) {
-    for (int p = 0; p < pairs; p++) {
-        if ((done && done[p]) || pair_host[p] != host) continue;
-        memcpy(rows + pair_row[p] * row_bytes, x + (p / k) * row_bytes, row_bytes);
-        slots[pair_row[p]] = pair_slot[p];
+/* Requests: x [pairs], slots int32 [pairs], and in sum mode token int32 [pairs] and weight float32 [pairs]. */
+static void pack(struct call *c, struct link **links) {
+    const int32_t *chosen = c->scratch + c->experts;
+    for (int i = 0; i < c->links; i++) links[i]->rows = 0, links[i]->last_token = -1, links[i]->state = IDLE;
+    for (int p = 0; p < c->pairs; p++)
+        if (!c->done[p]) links[c->table[(c->ids[p] * c->replicas + chosen[c->ids[p]]) * 2]]->rows++;
+    for (int i = 0; i < c->links; i++) { /* where the columns begin; rows then counts again, as they are filled */
+        struct link *l = links[i];
+        l->header.pairs = l->rows;
+        l->header.rows = 0;
+        l->rows = 0;
+    }
+    for (int p = 0; p < c->pairs; p++) {
+        if (c->done[p]) continue;
+        int e = c->ids[p], token = p / c->k;
+        const int32_t *replica = &c->table[(e * c->replicas + chosen[e]) * 2];
+        struct link *l = links[replica[0]];
+        int64_t pairs = l->header.pairs, row = l->rows++, slots = ALIGN64(pairs * c->row_bytes);
+        if (token != l->last_token) l->header.rows++;
+        memcpy(l->request + row * c->row_bytes, c->x + token * c->row_bytes, c->row_bytes);
+        ((int32_t *)(l->request + slots))[row] = replica[1];
+        if (c->flags & FLAG_SUM) {
+            int64_t column = ALIGN64(pairs * 4);
+            ((int32_t *)(l->request + slots + column))[row] = l->header.rows - 1;
+            ((float *)(l->request + slots + 2 * column))[row] = c->weights[p];
+            c->row[p] = token == l->last_token ? -1 : (int32_t)l->header.rows - 1;
+        } else {
+            c->row[p] = row;
+        }
+        l->last_token = token;
+        c->host[p] = replica[0];
+        c->served[e]++;
     }
 }
 
-/* Note where each pair's row of this host's reply lies, and that it is done. */
-void fm_collect(int pairs, uint8_t *done, const int32_t *pair_host, const int32_t *pair_row, int host,
-                const uint8_t *rows, int64_t row_bytes, const uint8_t **pair_ptr) {
-    for (int p = 0; p < pairs; p++) {
-        if (done[p] || pair_host[p] != host) continue;
-        pair_ptr[p] = rows + pair_row[p] * row_bytes;
-        done[p] = 1;
+static void write_header(struct call *c, struct link *l) {
+    struct header *h = &l->header;
+    int64_t pairs = h->pairs, slots = ALIGN64(pairs * c->row_bytes);
+    if (!(c->flags & FLAG_SUM)) h->rows = pairs;
+    *h = (struct header){
+        .magic = MAGIC, .kind = REQUEST, .flags = c->flags, .seq = ++l->seq, .map_version = c->map_version,
+        .engine_incarnation = l->engine_incarnation, .host_incarnation = l->host_incarnation, .layer = c->layer,
+        .rows = h->rows, .pairs = pairs,
+        .payload_bytes = slots + (c->flags & FLAG_SUM ? 3 * ALIGN64(pairs * 4) : pairs * 4)};
+    l->state = WAITING;
+    if (l->page) memcpy(l->page + REQUEST_HEADER, h, sizeof *h);
+}
+
+/* Route and pack the pairs that are not done; post to every shared-memory host before ringing any, since the first one
+ * woken may take our core. Links with rows are WAITING after it; those over TCP are the caller's to send.
+ * Returns as choose_replicas. */
+int fm_begin(struct call *c, struct link **links) {
+    int status = choose_replicas(c);
+    if (status) return status;
+    pack(c, links);
+    for (int i = 0; i < c->links; i++)
+        if (links[i]->rows) write_header(c, links[i]);
+    for (int i = 0; i < c->links; i++)
+        if (links[i]->state == WAITING && links[i]->page) publish(links[i]->page, REQUEST_FLAG, links[i]->seq);
+    for (int i = 0; i < c->links; i++)
+        if (links[i]->state == WAITING && links[i]->page) ring(links[i]->page, HOST_SLEEPING, links[i]->fd);
+    return 0;
+}
+
+/* Check a reply against its request, and note where each pair's row lies. Sets the link DONE or WRONG. */
+void fm_collect(struct call *c, struct link *l, int index, const struct header *reply) {
+    struct header expected = l->header;
+    expected.kind = REPLY;
+    expected.payload_bytes = l->header.rows * c->row_bytes;
+    l->state = memcmp(reply, &expected, sizeof expected) || expected.payload_bytes > l->reply_limit ? WRONG : DONE;
+    if (l->state != DONE) return;
+    for (int p = 0; p < c->pairs; p++) {
+        if (c->done[p] || c->host[p] != index) continue;
+        c->rows[p] = c->row[p] < 0 ? NULL : l->reply + c->row[p] * c->row_bytes;
+        c->factors[p] = c->flags & FLAG_SUM ? 1.0f : c->weights[p];
+        c->done[p] = 1;
     }
 }
+
+/* Wait for the WAITING links. Returns 0 once all are DONE; 1 as soon as one is GONE, WRONG or (TCP) READABLE; 2 after
+ * timeout_us. */
+int fm_finish(struct call *c, struct link **links, int64_t yield_us, int64_t timeout_us) {
+    struct waiter w[MAX_WAITERS];
+    int index[MAX_WAITERS], n = 0, left = 0, attention = 0;
+    int64_t began = now_us();
+    for (int i = 0; i < c->links && n < MAX_WAITERS; i++) {
+        struct link *l = links[i];
+        if (l->state != WAITING) continue;
+        w[n] = (struct waiter){.want = l->seq, .fd = l->fd};
+        if (l->page) {
+            w[n].flag = (uint64_t *)(l->page + REPLY_FLAG);
+            w[n].sleeping = (uint32_t *)(l->page + ENGINE_SLEEPING);
+        }
+        index[n++] = i;
+    }
+    for (left = n; left > 0 && !attention;) {
+        int64_t limit = timeout_us - (now_us() - began);
+        if (fm_wait(w, n, yield_us, limit > 0 ? limit : 0) <= 0) return 2;
+        for (int j = 0; j < n; j++) {
+            struct link *l = links[index[j]];
+            if (w[j].state == PENDING || l->state != WAITING) continue;
+            left--;
+            if (w[j].state == CLOSED) l->state = GONE;
+            else if (!l->page) l->state = READABLE;
+            else {
+                struct header reply;
+                memcpy(&reply, l->page + REPLY_HEADER, sizeof reply);
+                fm_collect(c, l, index[j], &reply);
+            }
+            attention |= l->state != DONE;
+        }
+    }
+    return attention;
+}
+
+/* ---- the host's end ------------------------------------------------------------------------------------------- */
+
+struct connection { /* native.Connection: one engine */
+    struct header header; /* of the request at hand */
+    uint8_t *request, *reply, *page; /* page is NULL for TCP */
+    const int32_t *num_slots; /* [num_layers]: experts held; 0 where none */
+    int32_t *slots, *tokens;  /* [max_rows]: private copies, since the peer could still change its own */
+    uint64_t engine_incarnation, host_incarnation, seq;
+    int64_t row_bytes;
+    int32_t fd, max_rows, num_layers, pad;
+};
+
+/* Check the request at hand, whatever the peer wrote, and copy its indices. Returns OK or what is wrong. */
+int fm_take(struct connection *c) {
+    struct header *h = &c->header;
+    if (c->page) memcpy(h, c->page + REQUEST_HEADER, sizeof *h);
+    if (h->magic != MAGIC || h->kind != REQUEST || (h->flags & ~FLAG_SUM)) return BAD_KIND;
+    if (h->engine_incarnation != c->engine_incarnation || h->host_incarnation != c->host_incarnation)
+        return BAD_INCARNATION;
+    if (h->seq != ++c->seq) return BAD_SEQUENCE;
+    if (h->layer >= (uint32_t)c->num_layers || c->num_slots[h->layer] == 0) return BAD_LAYER;
+    if (h->rows == 0 || h->rows > h->pairs || h->pairs > (uint32_t)c->max_rows) return BAD_ROWS;
+    int64_t slots = ALIGN64(h->pairs * c->row_bytes), column = ALIGN64((int64_t)h->pairs * 4);
+    int sum = h->flags & FLAG_SUM;
+    if (h->payload_bytes != slots + (sum ? 3 * column : (int64_t)h->pairs * 4) || (!sum && h->rows != h->pairs))
+        return BAD_SIZE;
+    const int32_t *theirs = (const int32_t *)(c->request + slots);
+    const int32_t *tokens = (const int32_t *)(c->request + slots + column);
+    for (uint32_t p = 0; p < h->pairs; p++) {
+        int32_t slot = c->slots[p] = __atomic_load_n(&theirs[p], __ATOMIC_RELAXED);
+        if (slot < 0 || slot >= c->num_slots[h->layer]) return BAD_SLOT;
+        if (!sum) continue;
+        int32_t token = c->tokens[p] = __atomic_load_n(&tokens[p], __ATOMIC_RELAXED);
+        if (token < 0 || (uint32_t)token >= h->rows) return BAD_TOKEN;
+    }
+    return OK;
+}
+
+/* Turn the header into its reply's (kind REPLY, or ERROR_REPLY with payload_bytes of text); over shared memory,
+ * publish it and ring. */
+void fm_answer(struct connection *c, int kind, uint32_t payload_bytes) {
+    c->header.kind = kind;
+    c->header.payload_bytes = payload_bytes;
+    if (!c->page) return;
+    memcpy(c->page + REPLY_HEADER, &c->header, sizeof c->header);
+    publish(c->page, REPLY_FLAG, c->seq);
+    ring(c->page, ENGINE_SLEEPING, c->fd);
+}
+
+/* ---- combining ------------------------------------------------------------------------------------------------ */
 
 static inline float bf16_to_f32(uint16_t b) {
     uint32_t u = (uint32_t)b << 16;
@@ -224,16 +383,19 @@ static inline uint16_t f32_to_bf16(float f) { /* round to nearest even; NaN stay
     return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
 
+/* The first row is multiplied, the others are fused multiply-adds: as vLLM's kernel does it in float32. */
 #define COMBINE(NAME, T, LOAD, STORE)                                                                          \
-    CLONES static void NAME(T *restrict out, const T *const *rows, const float *w, int k, int64_t hidden) {    \
+    CLONES static void NAME(T *restrict out, const uint8_t *const *rows, const float *w, int k, int64_t hidden) { \
         for (int64_t base = 0; base < hidden; base += 256) {                                                   \
-            float acc[256];                                                                                    \
+            float acc[256] = {0};                                                                              \
             int64_t n = hidden - base < 256 ? hidden - base : 256;                                             \
-            const T *r = rows[0] + base;                                                                       \
-            for (int64_t i = 0; i < n; i++) acc[i] = w[0] * LOAD(r[i]);                                        \
-            for (int s = 1; s < k; s++) {                                                                      \
-                r = rows[s] + base;                                                                            \
-                for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(w[s], LOAD(r[i]), acc[i]);             \
+            int first = 1;                                                                                     \
+            for (int s = 0; s < k; s++) {                                                                      \
+                if (!rows[s]) continue;                                                                        \
+                const T *r = (const T *)rows[s] + base;                                                        \
+                if (first) for (int64_t i = 0; i < n; i++) acc[i] = w[s] * LOAD(r[i]);                         \
+                else for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(w[s], LOAD(r[i]), acc[i]);        \
+                first = 0;                                                                                     \
             }                                                                                                  \
             for (int64_t i = 0; i < n; i++) out[base + i] = STORE(acc[i]);                                     \
         }                                                                                                      \
@@ -245,15 +407,14 @@ COMBINE(combine_f32, float, SAME, SAME)
 COMBINE(combine_bf16, uint16_t, bf16_to_f32, f32_to_bf16)
 COMBINE(combine_f16, _Float16, FROM_F16, TO_F16)
 
-/* out[t] = sum over s, in slot order, of weights[t][s] * *pair_ptr[t * k + s]: float32 fused multiply-adds, rounded
- * once to the output's dtype. */
-void fm_combine(void *out, int dtype, int tokens, int k, int64_t hidden, const void *const *pair_ptr,
-                const float *weights) {
-    for (int t = 0; t < tokens; t++) {
-        const void *const *rows = pair_ptr + (int64_t)t * k;
-        const float *w = weights + (int64_t)t * k;
-        if (dtype == F32) combine_f32((float *)out + t * hidden, (const float *const *)rows, w, k, hidden);
-        else if (dtype == BF16) combine_bf16((uint16_t *)out + t * hidden, (const uint16_t *const *)rows, w, k, hidden);
-        else combine_f16((_Float16 *)out + t * hidden, (const _Float16 *const *)rows, w, k, hidden);
+/* out[t] = sum over t's pairs, in slot order, of factors[p] * *rows[p]: accumulated in float32, rounded once. */
+void fm_combine(const struct call *c, void *out, int dtype) {
+    int64_t hidden = c->row_bytes / (dtype == F32 ? 4 : 2);
+    for (int t = 0; t < c->pairs / c->k; t++) {
+        const uint8_t *const *rows = c->rows + (int64_t)t * c->k;
+        const float *w = c->factors + (int64_t)t * c->k;
+        if (dtype == F32) combine_f32((float *)out + t * hidden, rows, w, c->k, hidden);
+        else if (dtype == BF16) combine_bf16((uint16_t *)out + t * hidden, rows, w, c->k, hidden);
+        else combine_f16((_Float16 *)out + t * hidden, rows, w, c->k, hidden);
     }
 }

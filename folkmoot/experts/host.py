@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from folkmoot.experts import links, native, wire
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.node import node_id
 from folkmoot.experts.warm import Control, exit_with_owner
-from folkmoot.experts.wire import Header, Hello, WireError
+from folkmoot.experts.wire import Hello, WireError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,20 @@ MAX_CONNECTIONS = 512
 REPORT_EVERY_S = 1.0
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """A segment that could shrink would kill the host with SIGBUS."""
+REFUSALS = {
+    -1: "not a request",
+    -2: "for another incarnation",
+    -3: "out of sequence",
+    -4: "no expert of this layer is held here",
+    -5: "more or fewer rows than allowed",
+    -6: "wrong payload size",
+    -7: "a slot out of range",
+    -8: "a token out of range",
+}
+"""What hop.c found wrong with a request."""
+
+ByteArray: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Kernel(Protocol):
@@ -116,8 +130,11 @@ class ExpertServer:
         self._reported_at = 0.0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._new: collections.deque[_ShmConnection] = collections.deque()
-        self._inbox: collections.deque[tuple[_TcpConnection, Header]] = collections.deque()
+        self._inbox: collections.deque[_TcpConnection] = collections.deque()
         self._connections: list[_ShmConnection] = []
+        self._num_slots = np.zeros(max(slots, default=0) + 1, np.int32)
+        for layer, num in slots.items():
+            self._num_slots[layer] = num
         self._num_open = 0
 
     def listen(self) -> HostAddress:
@@ -144,14 +161,14 @@ class ExpertServer:
         while True:
             native.wait(waiters, len(waiters), self.spec.yield_us, -1)
             changed = waiters[0].state != native.PENDING and self._woken()
-            for connection, waiter in zip(list(self._connections), list(waiters)[1:], strict=True):
-                if waiter.state == native.READY:
-                    self._serve_shm(connection)
-                    connection.arm(waiter)
-                elif waiter.state == native.CLOSED:
-                    self._drop(connection)
-                changed = changed or connection.closed
             waiters[0].state = native.PENDING
+            for i, connection in enumerate(self._connections, 1):
+                state = waiters[i].state
+                if state == native.READY and self._answer(connection):
+                    waiters[i].want, waiters[i].state = connection.raw.seq + 1, native.PENDING
+                elif state != native.PENDING:
+                    self._drop(connection)
+                    changed = True
             if changed:
                 waiters = self._arm_all()
             self._report()
@@ -163,8 +180,10 @@ class ExpertServer:
             self._connections.append(self._new.popleft())
         waiters = (native.Waiter * (1 + len(self._connections)))()
         waiters[0].fd = self._wake
-        for connection, waiter in zip(self._connections, list(waiters)[1:], strict=True):
-            connection.arm(waiter)
+        for i, connection in enumerate(self._connections, 1):
+            page = connection.raw.page
+            waiters[i].flag, waiters[i].sleeping = page + wire.OFF_REQUEST_FLAG, page + wire.OFF_HOST_SLEEPING
+            waiters[i].want, waiters[i].fd = connection.raw.seq + 1, connection.raw.fd
         return waiters
 
     def _woken(self) -> bool:
@@ -174,54 +193,31 @@ class ExpertServer:
         except BlockingIOError:
             return False
         while self._inbox:
-            connection, header = self._inbox.popleft()
-            try:
-                connection.answer(self._compute(connection.areas, header))
-            except WireError as e:
-                connection.refuse(str(e))
+            connection = self._inbox.popleft()
+            connection.finished(self._answer(connection))
         return bool(self._new)
 
-    def _serve_shm(self, connection: "_ShmConnection") -> None:
-        try:
-            connection.answer(self._compute(connection.areas, connection.header()))
-        except WireError as e:
-            connection.refuse(str(e))
-            self._drop(connection)
-
-    def _compute(self, areas: "_Areas", header: Header) -> Header:
-        """Check a request, run it, and return the header of its reply. Raises WireError for a bad one."""
+    def _answer(self, connection: "_Areas") -> bool:
+        """Check the request at hand, run it, answer; False after a bad one, whose connection must be closed."""
         began = time.monotonic()
-        kernel = self._check(areas, header)
-        rows = areas.x[: header.rows]
-        slots = areas.ints(wire.align(rows.nbytes), header.pairs).copy()  # the peer could still change its own
-        if slots.min() < 0 or slots.max() >= self.slots[header.layer]:
-            raise WireError(f"layer {header.layer} has slots 0..{self.slots[header.layer] - 1}")
+        request = connection.raw
+        wrong = native.take(ctypes.addressof(request))
+        if wrong:
+            text = f"{REFUSALS[wrong]}: {request.header}"
+            log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)
+            native.answer(ctypes.addressof(request), wire.ERROR, connection.write_text(text))
+            return False
+        header = request.header
+        kernel, pairs = self.kernels[header.layer], header.pairs
         if header.flags & wire.FLAG_SUM:
-            _run_sum(kernel, areas, header, slots)
+            _run_sum(kernel, connection, header.rows, pairs)
         else:
-            kernel(rows, torch.from_numpy(slots), out=areas.out[: header.rows])
+            kernel(connection.x[:pairs], connection.slots[:pairs], out=connection.out[:pairs])
         self.load.requests += 1
-        self.load.rows += header.pairs
+        self.load.rows += pairs
         self.load.busy_s += time.monotonic() - began
-        return header._replace(kind=wire.REPLY, payload_bytes=rows.nbytes)
-
-    def _check(self, areas: "_Areas", header: Header) -> Kernel:
-        """The kernel of the layer asked for. Raises WireError if any field of the header is not as it must be."""
-        hello = areas.hello
-        if header.kind != wire.REQUEST or header.flags not in (0, wire.FLAG_SUM):
-            raise WireError(f"kind {header.kind} with flags {header.flags} is not a request")
-        if (header.engine_incarnation, header.host_incarnation) != (hello.engine_incarnation, self.spec.incarnation):
-            raise WireError("the request is for another incarnation")
-        if header.layer not in self.slots:
-            raise WireError(f"no expert of layer {header.layer} is held here")
-        if not 0 < header.rows <= header.pairs <= hello.max_rows:
-            raise WireError(f"{header.rows} rows for {header.pairs} pairs, of at most {hello.max_rows}")
-        end = wire.align(header.rows * areas.row_bytes)
-        column = header.pairs * 4
-        expected = end + (3 * wire.align(column) if header.flags & wire.FLAG_SUM else column)
-        if header.payload_bytes != expected or (header.rows != header.pairs and not header.flags):
-            raise WireError(f"{header.payload_bytes} bytes of payload instead of {expected}")
-        return self.kernels[header.layer]
+        native.answer(ctypes.addressof(request), wire.REPLY, header.rows * connection.row_bytes)
+        return True
 
     def _drop(self, connection: "_ShmConnection") -> None:
         connection.close()
@@ -245,9 +241,9 @@ class ExpertServer:
             raw, fd = wire.receive_line(sock)
             hello = self._check_hello(raw)
             connection = (
-                _ShmConnection(sock, hello, fd)
+                _ShmConnection(sock, hello, self._num_slots, fd)
                 if hello.transport == "shm"
-                else _TcpConnection(sock, hello, self._bring)
+                else _TcpConnection(sock, hello, self._num_slots, self._bring)
             )
             wire.send_line(sock, {"ok": True})
         except (OSError, WireError, TypeError, ValueError) as e:
@@ -281,8 +277,8 @@ class ExpertServer:
             raise WireError(f"{MAX_CONNECTIONS} connections are open already")
         return hello
 
-    def _bring(self, connection: "_TcpConnection", header: Header) -> None:
-        self._inbox.append((connection, header))
+    def _bring(self, connection: "_TcpConnection") -> None:
+        self._inbox.append(connection)
         os.eventfd_write(self._wake, 1)
 
     def _report(self) -> None:
@@ -291,27 +287,20 @@ class ExpertServer:
             self._on_load(self.load)
 
 
-def _run_sum(kernel: Kernel, areas: "_Areas", header: Header, slots: "np.ndarray[Any, Any]") -> None:
-    """The weighted sum of each row's pairs, in float32, in the order of the pairs."""
-    part = wire.align(header.pairs * 4)
-    at = wire.align(header.rows * areas.row_bytes) + part
-    token = areas.ints(at, header.pairs).copy()
-    if token.min() < 0 or token.max() >= header.rows:
-        raise WireError(f"token indices must be within 0..{header.rows - 1}")
-    weight = torch.from_numpy(areas.ints(at + part, header.pairs).view(np.float32).copy())
-    index = torch.from_numpy(token).long()
-    rows = kernel(areas.x[index], torch.from_numpy(slots))
-    total = torch.zeros((header.rows, areas.hello.hidden), dtype=torch.float32)
-    total.index_add_(0, index, rows.float() * weight[:, None])
-    areas.out[: header.rows].copy_(total)
+def _run_sum(kernel: Kernel, areas: "_Areas", rows: int, pairs: int) -> None:
+    """Row t of the reply is the weighted sum, in float32, of the rows of the pairs whose token is t."""
+    results = kernel(areas.x[:pairs], areas.slots[:pairs])
+    total = torch.zeros((rows, areas.hello.hidden), dtype=torch.float32)
+    total.index_add_(0, areas.tokens[:pairs].long(), results.float() * areas.weights(pairs)[:, None])
+    areas.out[:rows].copy_(total)
 
 
 class _Areas:
-    """The request and reply areas of a connection, as tensors over the same memory: no row is copied."""
+    """The host's end of a connection: request and reply as tensors over the areas themselves, so no row is copied."""
 
-    def __init__(self, hello: Hello, memory: "np.ndarray[Any, Any]") -> None:
-        """`memory`: uint8, the request area followed by the reply area."""
-        self.hello = hello
+    def __init__(self, hello: Hello, num_slots: IntArray, memory: ByteArray, sock: socket.socket) -> None:
+        """`memory` is the request area followed by the reply area."""
+        self.hello, self._sock = hello, sock
         dtype: torch.dtype = getattr(torch, hello.dtype)
         self.row_bytes = hello.hidden * dtype.itemsize
         size = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows)
@@ -319,56 +308,47 @@ class _Areas:
         length = hello.max_rows * self.row_bytes
         self.x = torch.from_numpy(self.request[:length]).view(dtype).view(hello.max_rows, hello.hidden)
         self.out = torch.from_numpy(self.reply[:length]).view(dtype).view(hello.max_rows, hello.hidden)
+        self.slots, self.tokens = torch.zeros((2, hello.max_rows), dtype=torch.int32)
+        self.raw = native.Connection(
+            request=self.request.ctypes.data,
+            reply=self.reply.ctypes.data,
+            num_slots=num_slots.ctypes.data,
+            slots=self.slots.data_ptr(),
+            tokens=self.tokens.data_ptr(),
+            engine_incarnation=hello.engine_incarnation,
+            host_incarnation=hello.host_incarnation,
+            row_bytes=self.row_bytes,
+            fd=sock.fileno(),
+            max_rows=hello.max_rows,
+            num_layers=len(num_slots),
+        )
 
-    def ints(self, offset: int, count: int) -> "np.ndarray[Any, Any]":
-        """`count` int32 values of the request from a byte offset on."""
-        return self.request[offset : offset + 4 * count].view(np.int32)
+    def weights(self, pairs: int) -> torch.Tensor:
+        """float32 [pairs], of a request in sum mode."""
+        at = wire.align(pairs * self.row_bytes) + 2 * wire.align(pairs * 4)
+        return torch.from_numpy(self.request[at : at + 4 * pairs].view(np.float32).copy())
+
+    def write_text(self, text: str) -> int:
+        """Put a text into the reply; its length in bytes."""
+        data = text.encode()[: wire.MAX_ERROR_BYTES]
+        self.reply[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
 
 
-class _ShmConnection:
+class _ShmConnection(_Areas):
     """The host's end of a ShmLink."""
 
-    def __init__(self, sock: socket.socket, hello: Hello, fd: int | None) -> None:
+    def __init__(self, sock: socket.socket, hello: Hello, num_slots: IntArray, fd: int | None) -> None:
         if fd is None:
             raise WireError("no memfd came with the hello")
         dtype: torch.dtype = getattr(torch, hello.dtype)
         segment = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows).segment
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(fd).st_size != segment:
             raise WireError("the memfd has another size or is not sealed against changing it")
-        self._map = mmap.mmap(fd, segment)
-        memory = np.frombuffer(self._map, np.uint8)
-        self.areas = _Areas(hello, memory[wire.OFF_PAYLOAD :])
-        self._base = memory.ctypes.data
-        self._sock, self._fd = sock, sock.fileno()
-        self._seq = 1
+        memory = np.frombuffer(mmap.mmap(fd, segment), np.uint8)
+        super().__init__(hello, num_slots, memory[wire.OFF_PAYLOAD :], sock)
+        self.raw.page = memory.ctypes.data
         self.closed = False
-
-    def arm(self, waiter: native.Waiter) -> None:
-        """Wait for the request after the last one answered."""
-        waiter.flag, waiter.sleeping = self._base + wire.OFF_REQUEST_FLAG, self._base + wire.OFF_HOST_SLEEPING
-        waiter.want, waiter.fd, waiter.state = self._seq, self._fd, native.PENDING
-
-    def header(self) -> Header:
-        """The header of the request at hand. Raises WireError."""
-        header = Header.unpack(self._map[wire.OFF_REQUEST_HEADER : wire.OFF_REQUEST_HEADER + wire.HEADER_BYTES])
-        if header.seq != self._seq:
-            raise WireError(f"sequence {header.seq} instead of {self._seq}")
-        return header
-
-    def answer(self, header: Header) -> None:
-        """Publish the reply and ring."""
-        self._map[wire.OFF_REPLY_HEADER : wire.OFF_REPLY_HEADER + wire.HEADER_BYTES] = header.pack()
-        base = self._base
-        post = native.Post(base + wire.OFF_REPLY_FLAG, base + wire.OFF_ENGINE_SLEEPING, self._seq, self._fd, 0)
-        native.post(ctypes.byref(post), 1)
-        self._seq += 1
-
-    def refuse(self, reason: str) -> None:
-        """Answer with an error; the caller closes."""
-        log.warning("request refused: %s", reason)
-        text = np.frombuffer(reason.encode()[:1024], np.uint8)
-        self.areas.reply[: len(text)] = text
-        self.answer(Header(wire.ERROR, 0, self._seq, 0, 0, 0, 0, 0, 0, len(text)))
 
     def close(self) -> None:
         """Close the socket; the mapping goes with this object."""
@@ -376,58 +356,46 @@ class _ShmConnection:
         self.closed = True
 
 
-class _TcpConnection:
+class _TcpConnection(_Areas):
     """The host's end of a TcpLink: a thread that reads a request, hands it on, and sends what comes of it."""
 
-    def __init__(self, sock: socket.socket, hello: Hello, bring: Callable[["_TcpConnection", Header], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, hello: Hello, num_slots: IntArray, bring: Callable[["_TcpConnection"], None]
+    ) -> None:
         links.set_tcp_options(sock)
         dtype: torch.dtype = getattr(torch, hello.dtype)
         size = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows)
-        self.areas = _Areas(hello, np.empty(size.request + size.reply, np.uint8))
-        self._sock, self._bring = sock, bring
-        self._answered = threading.Event()
-        self._out: Header | None = None
-        self._error = ""
+        super().__init__(hello, num_slots, np.empty(size.request + size.reply, np.uint8), sock)
+        self._bring = bring
+        self._finished = threading.Event()
+        self._good = True
 
     def run(self) -> None:
         """Serve until the peer is gone or breaks the protocol."""
         self._sock.settimeout(None)
-        head = bytearray(wire.HEADER_BYTES)
-        request, reply = self.areas.request.data, self.areas.reply.data
-        seq = 0
+        header = self.raw.header
+        head = memoryview(header).cast("B")
+        request, reply = self.request.data, self.reply.data
         try:
-            while True:
-                wire.receive_exactly(self._sock, memoryview(head))
-                header, seq = Header.unpack(head), seq + 1
-                if header.seq != seq or header.payload_bytes > len(request):
-                    raise WireError(f"sequence {header.seq} or size {header.payload_bytes} is not as agreed")
+            while self._good:
+                wire.receive_exactly(self._sock, head)
+                if header.magic != wire.MAGIC or header.payload_bytes > len(request):
+                    raise WireError(f"not a request that fits: {header}")
                 wire.receive_exactly(self._sock, request[: header.payload_bytes])
-                self._answered.clear()
-                self._bring(self, header)
-                self._answered.wait()
-                if self._out is None:
-                    raise WireError(self._error)
-                self._sock.sendall(self._out.pack())
-                self._sock.sendall(reply[: self._out.payload_bytes])
-        except WireError as e:
-            log.info("connection of %s ends: %s", self.areas.hello.engine, e)
-            text = str(e).encode()[:1024]
-            with contextlib.suppress(OSError):
-                self._sock.sendall(Header(wire.ERROR, 0, seq, 0, 0, 0, 0, 0, 0, len(text)).pack() + text)
-        except OSError as e:
-            log.info("connection of %s broke: %s", self.areas.hello.engine, e)
+                self._finished.clear()
+                self._bring(self)
+                self._finished.wait()
+                self._sock.sendall(bytes(header))
+                self._sock.sendall(reply[: header.payload_bytes])
+        except (OSError, WireError) as e:
+            log.info("connection of engine %s ends: %s", self.hello.engine, e)
         finally:
             self._sock.close()
 
-    def answer(self, header: Header) -> None:
-        """From the computing thread: the reply area is filled."""
-        self._out = header
-        self._answered.set()
-
-    def refuse(self, reason: str) -> None:
-        """From the computing thread: the request was bad."""
-        self._out, self._error = None, reason
-        self._answered.set()
+    def finished(self, good: bool) -> None:
+        """From the computing thread: header and reply are filled; after a bad request they are the last."""
+        self._good = good
+        self._finished.set()
 
 
 def _try_send(sock: socket.socket, message: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The engine's end of a connection to one expert host, over shared memory or TCP, behind one small interface.
 
-A link carries one request at a time: the dispatcher packs rows into `request`, posts, waits, and reads the rows of
-the reply where they lie. Any failure makes the link useless: the dispatcher closes it and asks another replica.
+A link carries one request at a time: hop.c packs rows into its request area, posts, waits, and reads the rows of the
+reply where they lie. Any failure makes the link useless: the dispatcher closes it and asks another replica.
 """
 
 import ctypes
@@ -9,15 +9,13 @@ import fcntl
 import mmap
 import os
 import socket
-import struct
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from folkmoot.experts import native, wire
 from folkmoot.experts.expert_map import HostAddress
-from folkmoot.experts.wire import Header, Hello, WireError
+from folkmoot.experts.wire import Hello, WireError
 
 TCP_USER_TIMEOUT_MS = 1500
 """How long sent bytes may stay unacknowledged before the kernel gives a connection up: a dead node is seen then."""
@@ -28,22 +26,19 @@ class LinkError(RuntimeError):
 
 
 class Link(Protocol):
-    """A connection to one host. `request` and `reply` are the addresses of areas for payloads."""
+    """A connection to one host. `raw` is what hop.c packs into, posts and waits for."""
 
     address: HostAddress
-    request: int
-    reply: int
-    seq: int
-    """the last request's sequence number"""
+    raw: native.Link
 
-    def post(self, header: Header) -> native.Post | None:
-        """Send a request whose payload lies at `request`; or say what `native.post` has to publish for it."""
+    def send(self) -> None:
+        """Send the request that lies packed, where shared memory has not done so already. Raises LinkError."""
 
-    def arm(self, waiter: native.Waiter) -> None:
-        """Fill in what to wait for after a post."""
+    def receive(self) -> native.Header:
+        """Once readable: the reply's header, its payload now at `raw.reply`. Raises LinkError."""
 
-    def receive(self) -> Header:
-        """The reply's header, its payload now at `reply`. Raises LinkError."""
+    def why(self) -> str:
+        """What the host said when its reply was not as it should be."""
 
     def close(self) -> None:
         """Close; the host sees end-of-file. The areas stay readable until the link is collected."""
@@ -64,20 +59,6 @@ def choose_transport(address: HostAddress, own_node: str, setting: str) -> str:
     if setting != "auto":
         return setting
     return "shm" if address.node == own_node and address.unix_path else "tcp"
-
-
-def post_all(links: Sequence[Link], headers: Sequence[Header]) -> list[tuple[Link, LinkError]]:
-    """Post to all links; publish to every shared-memory peer before ringing any. Returns those that failed."""
-    failed, posts = [], []
-    for link, header in zip(links, headers, strict=True):
-        try:
-            if (post := link.post(header)) is not None:
-                posts.append(post)
-        except (OSError, WireError) as e:
-            failed.append((link, LinkError(f"host {link.address.host}: sending failed: {e}")))
-    if posts:
-        native.post((native.Post * len(posts))(*posts), len(posts))
-    return failed
 
 
 class ShmLink:
@@ -105,26 +86,19 @@ class ShmLink:
             self._sock.close()
             raise
         self._sock.setblocking(False)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._base, self._fd = base, self._sock.fileno()
-        self.request = base + wire.OFF_PAYLOAD
-        self.reply = base + wire.OFF_PAYLOAD + size.request
-        self.seq, self._limit = 0, size.reply
+        page = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        request = page + wire.OFF_PAYLOAD
+        self.raw = _native(hello, request, request + size.request, size.reply, page, self._sock)
 
-    def post(self, header: Header) -> native.Post:
-        self._map[wire.OFF_REQUEST_HEADER : wire.OFF_REQUEST_HEADER + wire.HEADER_BYTES] = header.pack()
-        base = self._base
-        return native.Post(base + wire.OFF_REQUEST_FLAG, base + wire.OFF_HOST_SLEEPING, header.seq, self._fd, 0)
+    def send(self) -> None:
+        """Nothing: hop.c has published it."""
 
-    def arm(self, waiter: native.Waiter) -> None:
-        waiter.flag, waiter.sleeping = self._base + wire.OFF_REPLY_FLAG, self._base + wire.OFF_ENGINE_SLEEPING
-        waiter.want, waiter.fd, waiter.state = self.seq, self._fd, native.PENDING
+    def receive(self) -> native.Header:
+        raise LinkError("shared memory is not received")
 
-    def receive(self) -> Header:
-        header = _unpack(self._map[wire.OFF_REPLY_HEADER : wire.OFF_REPLY_HEADER + wire.HEADER_BYTES], self._limit)
-        if header.kind == wire.ERROR:
-            raise LinkError(f"host {self.address.host}: {ctypes.string_at(self.reply, header.payload_bytes)!r}")
-        return header
+    def why(self) -> str:
+        reply = native.Header.from_buffer_copy(self._map, wire.OFF_REPLY_HEADER)
+        return _why(self.raw, reply)
 
     def close(self) -> None:
         self._sock.close()
@@ -147,34 +121,55 @@ class TcpLink:
         except BaseException:
             self._sock.close()
             raise
-        self.seq = 0
-        self._request = np.empty(size.request, np.uint8)
-        self._reply = np.empty(size.reply, np.uint8)
-        self.request, self.reply = self._request.ctypes.data, self._reply.ctypes.data
+        self._request, self._reply = np.empty(size.request, np.uint8), np.empty(size.reply, np.uint8)
         self._out, self._in = self._request.data, self._reply.data
-        self._header = bytearray(wire.HEADER_BYTES)
+        request, reply = self._request.ctypes.data, self._reply.ctypes.data
+        self.raw = _native(hello, request, reply, size.reply, None, self._sock)
+        self._header = native.Header()
 
-    def post(self, header: Header) -> None:
-        self._sock.sendall(header.pack())
-        self._sock.sendall(self._out[: header.payload_bytes])
-
-    def arm(self, waiter: native.Waiter) -> None:
-        waiter.flag, waiter.sleeping, waiter.want = None, None, 0
-        waiter.fd, waiter.state = self._sock.fileno(), native.PENDING
-
-    def receive(self) -> Header:
+    def send(self) -> None:
         try:
-            wire.receive_exactly(self._sock, memoryview(self._header))
-            header = _unpack(self._header, len(self._in))
-            wire.receive_exactly(self._sock, self._in[: header.payload_bytes])
+            self._sock.sendall(bytes(self.raw.header))
+            self._sock.sendall(self._out[: self.raw.header.payload_bytes])
+        except OSError as e:
+            raise LinkError(f"sending failed: {e}") from e
+
+    def receive(self) -> native.Header:
+        try:
+            wire.receive_exactly(self._sock, memoryview(self._header).cast("B"))
+            size = self._header.payload_bytes
+            if self._header.magic != wire.MAGIC or size > len(self._in):
+                raise LinkError(f"bad reply {self._header}")
+            wire.receive_exactly(self._sock, self._in[:size])
         except (OSError, WireError) as e:
-            raise LinkError(f"host {self.address.host}: {e}") from e
-        if header.kind == wire.ERROR:
-            raise LinkError(f"host {self.address.host}: {bytes(self._in[: header.payload_bytes])!r}")
-        return header
+            raise LinkError(str(e)) from e
+        return self._header
+
+    def why(self) -> str:
+        return _why(self.raw, self._header)
 
     def close(self) -> None:
         self._sock.close()
+
+
+def _native(
+    hello: Hello, request: int, reply: int, reply_limit: int, page: int | None, sock: socket.socket
+) -> native.Link:
+    return native.Link(
+        request=request,
+        reply=reply,
+        page=page,
+        reply_limit=reply_limit,
+        engine_incarnation=hello.engine_incarnation,
+        host_incarnation=hello.host_incarnation,
+        fd=sock.fileno(),
+    )
+
+
+def _why(link: native.Link, reply: native.Header) -> str:
+    if reply.kind == wire.ERROR and reply.payload_bytes <= wire.MAX_ERROR_BYTES:
+        return ctypes.string_at(link.reply, reply.payload_bytes).decode(errors="replace")
+    return f"the reply {reply} does not match the request {link.header}"
 
 
 def set_tcp_options(sock: socket.socket) -> None:
@@ -196,13 +191,3 @@ def _check_welcome(sock: socket.socket) -> None:
         os.close(fd)
     if welcome.get("ok") is not True:
         raise LinkError(f"refused: {welcome.get('error', 'no reason given')}")
-
-
-def _unpack(data: bytes | bytearray, limit: int) -> Header:
-    try:
-        header = Header.unpack(data)
-    except (struct.error, WireError) as e:
-        raise LinkError(f"bad reply header: {e}") from e
-    if header.payload_bytes > limit:
-        raise LinkError(f"a reply of {header.payload_bytes} bytes exceeds the limit of {limit}")
-    return header

@@ -4,9 +4,13 @@ A connection begins with one line of JSON each way (`Hello`, `Welcome`); with sh
 travels beside the hello. Then requests and replies alternate, each a 64-byte header and a payload:
 
     request  rows mode  x [pairs, hidden] | slots int32 [pairs]
-             sum mode   x [rows, hidden] | slots int32 [pairs] | token int32 [pairs] | weight float32 [pairs]
-    reply    rows [pairs (rows mode) or rows (sum mode), hidden], in the order of the request
+             sum mode   the same, and | token int32 [pairs] | weight float32 [pairs]
+    reply    rows mode  row p is expert slots[p] applied to x[p]
+             sum mode   row t is the weighted sum of the rows whose token is t
     error    UTF-8 text; the host then closes the connection
+
+The header (`Header` in native.py) carries kind, flags, sequence (from 1 on each connection), map version, both
+incarnations, layer, rows of the reply, pairs and payload bytes. A reply repeats its request's, but for kind and bytes.
 
 Parts of a payload begin at multiples of 64 bytes. Integers are little-endian. Both ends check every field: what does
 not match (magic, incarnations, sequence) is dropped with its connection.
@@ -14,7 +18,6 @@ not match (magic, incarnations, sequence) is dropped with its connection.
 
 import json
 import socket
-import struct
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -23,9 +26,9 @@ PROTOCOL = 1
 REQUEST, REPLY, ERROR = 1, 2, 3
 FLAG_SUM = 1
 MAX_HELLO_BYTES = 4096
+MAX_ERROR_BYTES = 1024
 
-HEADER = struct.Struct("<IHHQQQQIIIIQ")
-HEADER_BYTES = HEADER.size
+HEADER_BYTES = 64
 
 # Where things lie in a shared segment. Each flag has a cache line of its own, since the two ends poll them.
 OFF_REQUEST_FLAG, OFF_HOST_SLEEPING, OFF_REPLY_FLAG, OFF_ENGINE_SLEEPING = 0, 64, 128, 192
@@ -35,33 +38,6 @@ OFF_PAYLOAD = 4096
 
 class WireError(RuntimeError):
     """The peer sent what the protocol does not allow, or went away in the middle of a message."""
-
-
-class Header(NamedTuple):
-    """The 64 bytes before each payload. `seq` counts from 1 on each connection."""
-
-    kind: int
-    flags: int
-    seq: int
-    map_version: int
-    engine_incarnation: int
-    host_incarnation: int
-    layer: int
-    rows: int
-    pairs: int
-    payload_bytes: int
-
-    def pack(self) -> bytes:
-        """The header's 64 bytes."""
-        return HEADER.pack(MAGIC, *self, 0)
-
-    @staticmethod
-    def unpack(data: bytes | bytearray | memoryview) -> "Header":
-        """Read 64 bytes. Raises WireError if the magic number is wrong."""
-        magic, *fields, _ = HEADER.unpack(data)
-        if magic != MAGIC:
-            raise WireError(f"bad magic number {magic:#x}")
-        return Header(*fields)
 
 
 @dataclass(frozen=True, slots=True)
