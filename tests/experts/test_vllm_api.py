@@ -137,6 +137,17 @@ def test_placement_changes_nothing_where_rounding_keeps_us_from_the_monolithic_k
     assert seen["one"] == seen["halves"]
 
 
+@pytest.mark.slow
+def test_a_compiled_engine_calls_its_dispatcher_at_every_step(runs: Runs, folders: Path) -> None:
+    """torch.compile must not look into the dispatcher, else it would trace one placement and keep it for ever."""
+    arguments: dict[str, Any] = {"checkpoint": str(folders / "mixtral"), "dtype": "float32", "enforce_eager": False}
+    expected = runs.ask("monolithic", **arguments)
+    seen = runs.ask("hosted", **arguments)
+    assert seen["one_calls"] == seen["halves_calls"] == 4 * 16  # layers, decoding steps
+    assert seen["one"] == seen["halves"]
+    assert seen["one"]["tokens"] == expected["tokens"]  # their graphs differ, so the last bits of logits may
+
+
 def test_the_engine_reads_no_routed_expert_from_disk(runs: Runs, folders: Path) -> None:
     """Loaders get their tensors without data; that the file's pages stay untouched follows from lazy reading."""
     seen = runs.ask("engine_ignores_expert_bytes", checkpoint=str(folders / "mixtral"))

@@ -6,13 +6,15 @@ method hands rows to a dispatcher. The tensors of routed experts are never read 
 """
 
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from vllm.config import CompilationConfig, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -20,7 +22,7 @@ from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.utils import extract_layer_index
 
 from folkmoot.experts.vllm_api.checkpoint import is_routed
-from folkmoot.experts.vllm_api.hosted import replaced_routed_experts
+from folkmoot.experts.vllm_api.hosted import replaced
 
 MOE_OPERATORS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
@@ -75,7 +77,9 @@ class DispatchingLoader(DefaultModelLoader):
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         get_model_cls(model_config)  # importing it defines its own subclasses of RoutedExperts
-        with replaced_routed_experts(_dispatching):
+        compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+        opaque = replaced(MoERunner, _opaque) if compiled else nullcontext()
+        with replaced(RoutedExperts, _dispatching), opaque:
             model: torch.nn.Module = super().create_model(vllm_config, model_config, prefix)
         return model
 
@@ -101,6 +105,19 @@ def _dispatching(base: type[RoutedExperts]) -> type[RoutedExperts]:
         self.quant_method = method
 
     return type(base.__name__, (base,), {"__init__": __init__})
+
+
+def _opaque(base: type[MoERunner]) -> type[MoERunner]:
+    """A subclass of `base` that enters the MoE layer through vLLM's custom operators, into which no compiler looks.
+
+    On a CPU vLLM calls it directly; torch.compile would then trace the dispatcher once and never call it again.
+    """
+
+    def _select_forward(self: Any) -> Callable[..., Any]:
+        operators = torch.ops.vllm
+        return operators.moe_forward if self._shared_experts is None else operators.moe_forward_shared
+
+    return type(base.__name__, (base,), {"_select_forward": _select_forward})
 
 
 class DispatchMethod(FusedMoEMethodBase):

@@ -131,7 +131,7 @@ def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) 
     model_class = get_model_cls(config.model_config)  # importing it defines its own subclasses of RoutedExperts
     modules: dict[int, RoutedExperts] = {}
     with (
-        replaced_routed_experts(lambda base: _holding(base, counts, device, modules)),
+        replaced(RoutedExperts, lambda base: _holding(base, counts, device, modules)),
         set_default_torch_dtype(config.model_config.dtype),
         torch.device("meta"),
     ):
@@ -164,11 +164,11 @@ def _holding(
 
 
 @contextmanager
-def replaced_routed_experts(make: Callable[[type[RoutedExperts]], type[RoutedExperts]]) -> Iterator[None]:
-    """While open, vLLM builds make(C) for RoutedExperts and for each subclass C of it that is defined by now."""
+def replaced(root: type[Any], make: Callable[[type[Any]], type[Any]]) -> Iterator[None]:
+    """While open, vLLM builds make(C) for the pluggable layer C = `root`, and each subclass that is defined by now."""
     before = dict(op_registry_oot)
     try:
-        for base in family(RoutedExperts):
+        for base in family(root):
             op_registry_oot[base.__name__] = make(base)
         yield
     finally:

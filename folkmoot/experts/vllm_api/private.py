@@ -103,7 +103,8 @@ PRIVATE_NAMES = (
     PrivateName("vllm.engine.arg_utils.EngineArgs", members=("enforce_eager", "skip_tokenizer_init", "max_num_seqs")),
     PrivateName("vllm.config.set_current_vllm_config", ("vllm_config",)),
     PrivateName("vllm.config.CompilationConfig", members=("_attention_ops", "splitting_ops")),
-    PrivateName(f"{_MOE}.runner.moe_runner._moe_forward"),
+    PrivateName(f"{_MOE}.runner.moe_runner.MoERunner", members=("_select_forward", "_shared_experts")),
+    PrivateName(f"{_MOE}.runner.moe_runner._moe_forward"),  # behind torch.ops.vllm.moe_forward
     PrivateName(f"{_MOE}.runner.moe_runner._moe_forward_shared"),
     PrivateName("torch.cpu._is_amx_tile_supported"),
     PrivateName("torch.cpu._init_amx"),
