@@ -144,14 +144,12 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             await _abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
 
     async def _write_pieces(self, stream: Stream, context: Context, request_id: str) -> pb.GenerateResponse:
-        first = asyncio.ensure_future(anext(stream))
         try:
-            done, _ = await asyncio.wait((first,), timeout=self._settings.accept_after_s)
-            if not done:
-                await context.write(pb.GenerateResponse(request_id=request_id, offset=stream.position))
-            piece = await first
-        finally:
-            first.cancel()
+            async with asyncio.timeout(self._settings.accept_after_s):
+                piece = await anext(stream)
+        except TimeoutError:
+            await context.write(pb.GenerateResponse(request_id=request_id, offset=stream.position))
+            piece = await anext(stream)
         piece.request_id = request_id
         await context.write(piece)
         while not piece.HasField("finish"):
@@ -185,7 +183,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
 
     async def _known_models(self, wanted: str) -> dict[str, ModelRecord]:
         age_s = time.monotonic() - self._models_read_s
-        if age_s > MODELS_FRESH_S or wanted not in self._models:
+        if age_s > MODELS_FRESH_S or not self._models or (wanted and wanted not in self._models):
             self._models = await self._queue.models()
             self._models_read_s = time.monotonic()
         return self._models
