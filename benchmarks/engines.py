@@ -105,7 +105,12 @@ def memory(_: Any) -> dict[str, int]:
     return {"resident": fields["Rss"], "pss": fields["Pss"], "private": private}
 
 
-OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"generate": generate, "logits": logits, "map": use_map, "memory": memory}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "generate": generate,
+    "logits": logits,
+    "map": use_map,
+    "memory": memory,
+}
 
 
 @dataclass

@@ -1,0 +1,37 @@
+"""Every benchmark's --quick preset runs, and writes the flat figures that others rely on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KEYS = {
+    "exactness": {
+        "max_abs_dlogit_placement",
+        "max_abs_dlogprob_vs_vllm_top1_bf16",
+        "max_abs_dlogprob_vs_vllm_fp32",
+    },
+    "throughput": {"ratio_bs8", "tokens_s_bs8", "tokens_s_vllm_bs8"},
+    "hop": {"p50_us_1x4_16k", "p99_us_1x4_16k", "ray_actor_p50_us_1x4_16k"},
+    "gateway": {"added_p50_ms", "rate_ratio_to_grpc_aio", "rate_ratio_to_ray_serve"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEYS)
+def test_quick_preset(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    figures = json.loads(path.read_text())
+    assert KEYS[name] <= set(figures)
+    assert figures["machine_cores"]
+    for key in KEYS[name]:
+        assert figures[key] >= 0
+    if name == "exactness":  # these hold on any machine, however busy
+        assert figures["max_abs_dlogit_placement"] == 0
+        assert figures["max_abs_dlogprob_vs_vllm_top1_bf16"] == 0
+        assert figures["max_abs_dlogprob_vs_vllm_fp32"] <= 1e-6
