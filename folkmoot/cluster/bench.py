@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +62,7 @@ async def _run(address: str, load: Load) -> dict[str, float]:
 async def _one(client: AsyncClient, model: str, prompt: list[int], max_tokens: int) -> Timing:
     timing, began = Timing(), time.monotonic()
     last = began
-    options = {"model": model, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+    options: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
     async for chunk in client.generate(token_ids=prompt, **options):
         now = time.monotonic()
         if chunk.token_ids:

@@ -172,9 +172,10 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
     chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
-    state = _run_detached(chosen) if detach else _run_foreground(chosen, timings)
-    if state is not None:
-        _print_ready(state, timings)
+    if detach:
+        _print_ready(_run_detached(chosen), timings)
+    else:
+        _run_foreground(chosen, timings)
 
 
 def _run_foreground(options: UpOptions, timings: bool) -> None:
@@ -224,7 +225,8 @@ def _run_detached(options: UpOptions) -> ClusterState:
                 if state is not None and state.pid == child.pid:
                     if state.phase == "ready":
                         return state
-                    progress.tell(state.message)
+                    if state.phase == "starting":
+                        progress.tell(state.message)
                 time.sleep(DETACH_POLL_S)
     except interrupts.Interrupted:
         child.terminate()

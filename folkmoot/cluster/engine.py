@@ -25,6 +25,10 @@ from folkmoot.experts.warm import Child
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+SHARED_WITH_PROCESS = (
+    *("model_path", "model", "architecture", "redis", "store_namespace", "dtype", "device", "max_model_len"),
+    *("max_num_seqs", "seed", "kv_cache_gib", "transport", "combine", "grace_s"),
+)
 
 
 class EngineError(RuntimeError):
@@ -43,7 +47,7 @@ class EngineError(RuntimeError):
 class Engine:
     """Owns one engine process."""
 
-    async def __init__(self, spec: ClusterSpec) -> None:
+    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = spec
         self._engine = f"engine-{serve.get_replica_context().replica_id.unique_id}"
         self._log = spec.log(self._engine)
@@ -82,10 +86,8 @@ class Engine:
     def _process_spec(self) -> dict[str, Any]:
         """The fields of `engine_process.EngineSpec`."""
         spec = self._spec
-        shared = ("model_path", "model", "architecture", "redis", "store_namespace", "dtype", "device", "max_model_len")
-        shared += ("max_num_seqs", "seed", "kv_cache_gib", "transport", "combine", "grace_s")
         feed = str(Path(spec.run_dir) / f"{self._engine}.feed") if spec.moe_layers else None
-        return {"engine": self._engine, "feed": feed, **{name: getattr(spec, name) for name in shared}}
+        return {"engine": self._engine, "feed": feed, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
 
     def _watch(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: hand the process's messages to the event loop until it dies."""

@@ -6,6 +6,7 @@ Ray ──> expert router ──> expert actors       ──┼── wait for t
      └> Serve ──> engine replicas             ──┘   parent, then fork   ─> engines      ──┴─> ready
 """
 
+import asyncio
 import contextlib
 import math
 import os
@@ -23,6 +24,8 @@ from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.store import Store
 
 if TYPE_CHECKING:
     import subprocess
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 TEND_EVERY_S = 1.0
 GATEWAY_SHUTDOWN_S = 3.0
+SHARED_WITH_SPEC = (
+    *("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("kv_cache_gib", "seed", "transport", "combine"),
+)
 
 Report = Callable[[str], None]
 
@@ -173,12 +180,11 @@ class Supervisor:
             return self.options.redis
         self._store = EmbeddedStore(self.folder.store, port=0)
         self._store.start()
+        asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
         return self._store.url if self.options.address is None else self._store.tcp_url
 
     def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, redis: str) -> ClusterSpec:
         options = self.options
-        same = ("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs")
-        same += ("kv_cache_gib", "seed", "transport", "combine")
         return ClusterSpec(
             model_path=str(model_path),
             model="demo" if options.model == "demo" else model_path.name,
@@ -186,13 +192,13 @@ class Supervisor:
             moe_layers=shape.moe_layers,
             num_experts=shape.num_experts,
             redis=redis,
-            store_namespace="folkmoot" if options.name == "default" else f"folkmoot-{options.name}",
+            store_namespace=_namespace(options),
             run_dir=str(self._run_dir),
             log_dir=str(self.folder.logs),
             hosts=hosts,
             host_cpus=options.cpus_per_host,
             host_gpus=options.gpus_per_host,
-            **{name: getattr(options, name) for name in same},
+            **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
         )
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
@@ -275,6 +281,19 @@ def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[
         return path, describe(path)
     except (OSError, ValueError, KeyError) as e:
         raise StartError(f"{path} cannot be read as a checkpoint: {e}") from e
+
+
+def _namespace(options: UpOptions) -> str:
+    return "folkmoot" if options.name == "default" else f"folkmoot-{options.name}"
+
+
+async def _forget_models(url: str, namespace: str) -> None:
+    """What an embedded store knows from a former cluster, which may have served another model, is no longer served."""
+    store = Store(url, namespace)
+    queue = RequestQueue(store)
+    for name in await queue.models():
+        await queue.forget_model(name)
+    await store.close()
 
 
 def _short_temp() -> str:

@@ -21,7 +21,7 @@ SETTINGS = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # the controller wakes up less often; engines change rarely
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # nothing of Ray's on our terminal: the router knows why a host or an actor died
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -83,7 +83,9 @@ class Deployment:
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
             spec = self._spec
             resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
-            engines = Engine.options(num_replicas=spec.engines, ray_actor_options=resources)
+            engines = Engine.options(  # type: ignore[attr-defined]
+                num_replicas=spec.engines, ray_actor_options=resources
+            )
             serve.run(engines.bind(spec), name=spec.app, route_prefix=None)
         except Exception as e:
             self.error = e

@@ -52,7 +52,7 @@ STATUS_TTL_S = 10.0
 class ExpertRouter:
     """Shell: turns what Ray and engines say into events, and carries out the actions of `plan`."""
 
-    async def __init__(self, spec: ClusterSpec) -> None:
+    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s router %(levelname)s %(message)s")
         self._spec = spec
         self._state = initial(spec.moe_layers, spec.num_experts, spec.replicas)

@@ -18,6 +18,8 @@ from benchmarks.checkpoints import tiny
 from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 240.0
+FLOAT32 = ("--dtype", "float32", "--max-model-len", "512")
+"""vLLM's "auto" makes bfloat16 of a float32 checkpoint."""
 MARKER = "FOLKMOOT_TEST_CLUSTER"
 
 
@@ -112,7 +114,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
     cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(8))
-    cluster.up("--model", str(mixtral), "--hosts", "4", "--replicas", "3", "--max-model-len", "512")
+    cluster.up("--model", str(mixtral), "--hosts", "4", "--replicas", "3", *FLOAT32)
     yield cluster
     cluster.down()
 
