@@ -3,22 +3,27 @@
 For laptops, tests and the demo. A deployment gives the URL of a server that others run.
 """
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 UNIX_PATH_MAX = 100  # the kernel takes 107 bytes
-PR_SET_PDEATHSIG = 1
+# Asks the kernel for SIGTERM at the parent's death (prctl 1), then becomes the server. A process of its own instead of
+# code between fork and exec, which is not safe in a process with threads.
+DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def find_server() -> Path:
@@ -139,15 +144,16 @@ def _spawn(command: Sequence[str], log_path: Path) -> "subprocess.Popen[bytes]":
 
     The kernel watches the *thread* that forked, so that is one that lives as long as the child.
     """
+    if sys.platform.startswith("linux"):
+        command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
     started: list[subprocess.Popen[bytes] | BaseException] = []
     ready = threading.Event()
 
     def keep() -> None:
         try:
             with log_path.open("ab") as log:
-                child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
-                )
+                # A group of its own: Ctrl-C in the terminal is for the parent, who then stops the store.
+                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         except BaseException as e:
             started.append(e)
             return
@@ -162,21 +168,6 @@ def _spawn(command: Sequence[str], log_path: Path) -> "subprocess.Popen[bytes]":
     if isinstance(started[0], BaseException):
         raise started[0]
     return started[0]
-
-
-def _die_with_parent() -> "Callable[[], None] | None":
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)  # loaded before the fork: the child must not take locks
-    parent = os.getpid()
-
-    def in_child() -> None:
-        os.setpgid(0, 0)  # Ctrl-C in the terminal is for the parent, who then stops the store
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return in_child
 
 
 def _free_port() -> int:

@@ -44,7 +44,7 @@ class Submission:
 
     request_id: str
     model: str
-    request: pb.GenerateRequest
+    request: pb.GenerateRequest  # its bytes are its identity: a second try must have the same
     cost: int  # estimated tokens, prompt and answer
     remaining_s: float  # until its deadline
     grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
@@ -147,7 +147,7 @@ class RequestQueue:
                 one.model,
                 LANE_OF[one.request.lane],
                 one.request.tenant,
-                _digest(one.request),
+                hashlib.blake2b(body, digest_size=16).digest(),
                 body,
                 one.cost,
                 _ms(one.remaining_s),
@@ -309,15 +309,6 @@ def sampling_fields(request: pb.GenerateRequest) -> dict[str, object]:
         else:
             fields[descriptor.name] = value
     return fields
-
-
-def _digest(request: pb.GenerateRequest) -> str:
-    """Of what the client asked for: the budget of time may differ between two tries of the same request."""
-    content = pb.GenerateRequest()
-    content.CopyFrom(request)
-    content.ClearField("timeout_s")
-    content.ClearField("on_disconnect")
-    return hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16).hexdigest()
 
 
 def _lease(row: Sequence[Any]) -> Lease:

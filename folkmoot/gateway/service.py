@@ -41,6 +41,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Submit, then stream until the last piece."""
         try:
+            on_disconnect = request.on_disconnect
             submission = await self._accept(request, context.time_remaining())
             stream = self._reader.open(submission.request_id)
             try:
@@ -57,7 +58,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         try:
             await self._stream(stream, context, ends_s, submission.request_id)
         except asyncio.CancelledError:
-            self._left(request.on_disconnect, submission.request_id, late=time.monotonic() >= ends_s)
+            self._left(on_disconnect, submission.request_id, late=time.monotonic() >= ends_s)
             raise
         finally:
             stream.close()
@@ -118,13 +119,17 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             budget_s = min(budget_s, request.timeout_s)
         if call_remaining_s is not None and request.on_disconnect != pb.DETACH:
             budget_s = min(budget_s, call_remaining_s)
+        grace_s = 0.0 if request.on_disconnect == pb.DETACH else self._settings.grace_s
+        # A second try of the same request may have less time left, and still is the same request.
+        request.ClearField("timeout_s")
+        request.ClearField("on_disconnect")
         return Submission(
             request_id=request.request_id,
             model=model.name,
             request=request,
             cost=estimate_tokens(request, model, self._settings.default_answer_tokens),
             remaining_s=budget_s,
-            grace_s=0.0 if request.on_disconnect == pb.DETACH else self._settings.grace_s,
+            grace_s=grace_s,
             gateway=self._reader.gateway,
         )
 

@@ -13,6 +13,8 @@ from folkmoot.gateway.queue import ModelRecord
 Fault = tuple[str, str]  # field, what is wrong with it
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+LANES = frozenset(pb.Lane.values())
+ON_DISCONNECTS = frozenset(pb.OnDisconnect.values())
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 
@@ -74,9 +76,9 @@ def _identity(request: pb.GenerateRequest) -> Iterator[Fault]:
         yield "request_id", "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
     if len(request.tenant) > 128:
         yield "tenant", f"must have at most 128 characters, has {len(request.tenant)}"
-    if request.lane not in pb.Lane.values():
+    if request.lane not in LANES:
         yield "lane", f"unknown lane {request.lane}"
-    if request.on_disconnect not in pb.OnDisconnect.values():
+    if request.on_disconnect not in ON_DISCONNECTS:
         yield "on_disconnect", f"unknown value {request.on_disconnect}"
     if request.HasField("timeout_s") and not 0 < request.timeout_s < math.inf:
         yield "timeout_s", f"must be a finite number > 0, is {request.timeout_s}"
@@ -138,8 +140,9 @@ def _sampling(s: pb.SamplingParameters, model: ModelRecord) -> Iterator[Fault]:
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(s, name) > model.max_logprobs:
             yield f"sampling.{name}", f"must be at most {model.max_logprobs}, is {getattr(s, name)}"
-    yield from _stops("stop", s.stop)
-    yield from _stops("bad_words", s.bad_words)
+    if s.stop or s.bad_words:
+        yield from _stops("stop", s.stop)
+        yield from _stops("bad_words", s.bad_words)
     for name, ids in (
         ("stop_token_ids", s.stop_token_ids),
         ("allowed_token_ids", s.allowed_token_ids),
