@@ -10,6 +10,7 @@ of its own; the client is this one, closed loop, at 1 and at 64 calls in flight.
 import asyncio
 import multiprocessing
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import grpc
 import redis.asyncio as aioredis
@@ -82,7 +84,7 @@ def bare_server(port: int, ready: Event) -> None:
 
     async def run() -> None:
         server = grpc.aio.server()
-        gateway_pb2_grpc.add_FolkmootServicer_to_server(BareService(), server)
+        gateway_pb2_grpc.add_FolkmootServicer_to_server(BareService(), server)  # type: ignore[no-untyped-call]
         server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         ready.set()
@@ -151,20 +153,28 @@ def ray_serve_ingress() -> Iterator[str]:
             yield ANSWER
 
     port = free_port()
-    temp = tempfile.mkdtemp(prefix="fmr-")
-    ray.init(num_cpus=2, namespace=f"bench-{os.getpid()}", include_dashboard=False, _temp_dir=temp, log_to_driver=False)
+    temp = tempfile.mkdtemp(prefix="fmr-")  # short: Ray puts unix sockets under it
+    ray.init(
+        address="local",
+        num_cpus=2,
+        namespace=f"bench-{os.getpid()}",
+        include_dashboard=False,
+        _temp_dir=temp,
+        log_to_driver=False,
+    )
     try:
         added = "folkmoot.gateway.pb.gateway_pb2_grpc.add_FolkmootServicer_to_server"
         serve.start(
             http_options={"host": "127.0.0.1", "port": free_port()},
             grpc_options=gRPCOptions(port=port, grpc_servicer_functions=[added]),
         )
-        serve.run(Instant.bind(), name="instant", route_prefix="/instant")
+        serve.run(Instant.bind(), name="instant", route_prefix="/instant")  # type: ignore[attr-defined]
         yield f"127.0.0.1:{port}"
     finally:
         with suppress(Exception):
             serve.shutdown()
         ray.shutdown()
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def free_port() -> int:
@@ -179,7 +189,7 @@ def free_port() -> int:
 
 def grpc_call(channel: grpc.aio.Channel) -> Call:
     """One Generate, read to its end."""
-    stub = gateway_pb2_grpc.FolkmootStub(channel)
+    stub = gateway_pb2_grpc.FolkmootStub(channel)  # type: ignore[no-untyped-call]
 
     async def call() -> None:
         size = 0
@@ -193,7 +203,7 @@ def grpc_call(channel: grpc.aio.Channel) -> Call:
 
 async def streams_call(url: str) -> Call:
     """One entry through a bare Redis stream: write, read by a consumer group, acknowledge."""
-    client = aioredis.Redis.from_url(url, protocol=2)
+    client: Any = aioredis.Redis.from_url(url, protocol=2)
     await client.xgroup_create("bench", "g", mkstream=True)
     payload = REQUEST.SerializeToString()
 
