@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from folkmoot.cluster import processes, ray_runtime, warm_files
+from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.state_file import ClusterState, StateFolder
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 TEND_EVERY_S = 1.0
 GATEWAY_SHUTDOWN_S = 3.0
+LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
     *("kv_cache_gib", "seed", "transport", "combine"),
@@ -99,8 +100,13 @@ class Supervisor:
 
     def start(self) -> ClusterState:
         """Bring the cluster up; returns when the first request can be served. Raises StartError, AlreadyRunning."""
+        with interrupts.deferred():
+            return self._start()
+
+    def _start(self) -> ClusterState:
         self.folder.acquire()
         self._acquired = True
+        processes.adopt_orphans()
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
         self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
@@ -111,6 +117,7 @@ class Supervisor:
         self._tell("starting Ray")
         ray_address = self._start_ray(self.spec)
         self._mark("ray")
+        interrupts.check()
         self._router = ray_runtime.start_router(self.spec)
         deployment = ray_runtime.Deployment(self.spec)
         self._wait_until_ready(self.spec, deployment)
@@ -147,16 +154,17 @@ class Supervisor:
             return
         with contextlib.suppress(OSError):
             self._update(phase="failed" if failure else "stopping", message=failure or "stopping")
-        owned = [] if self._warm is None else processes.descendants(self._warm.pid)  # expert hosts and engines
         if self._gateway is not None:
             processes.stop(self._gateway)
         with contextlib.suppress(Exception):
             ray_runtime.tear_down(self.spec, joined=self.options.address is not None)
         if self._warm is not None:
             processes.stop(self._warm)
-        processes.kill(processes.wait_gone(owned, timeout_s=5.0))
         if self._store is not None:
             self._store.stop()
+        processes.end_descendants(
+            LEFTOVER_GRACE_S
+        )  # expert hosts and engines end with their owners; Ray's agents linger
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
         self.folder.release()
@@ -235,6 +243,7 @@ class Supervisor:
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
             self._tell(_waiting_for(spec, status, warm="warm" in self._timings_s))
+            interrupts.check()
             time.sleep(POLL_S)
 
     def _check_processes(self, spec: ClusterSpec) -> None:
@@ -252,6 +261,7 @@ class Supervisor:
                     self._mark("gateway")
 
     def _tell(self, message: str, fraction: float | None = None) -> None:
+        interrupts.check()
         text = message if fraction is None else f"{message} ({fraction:.0%})"
         if text != self._state.message:
             self._update(message=text)

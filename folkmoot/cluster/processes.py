@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def start(
@@ -66,6 +67,23 @@ def descendants(pid: int) -> list[int]:
         found += below
         todo += below
     return found
+
+
+def adopt_orphans() -> None:
+    """From now on descendants whose parent dies become children of this process: `end_descendants` finds them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_descendants(grace_s: float) -> None:
+    """Wait for all descendants of this process to end; kill those that have not after `grace_s`, and theirs."""
+    deadline = time.monotonic() + grace_s
+    while left := descendants(os.getpid()):
+        for pid in left:
+            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+                os.waitpid(pid, os.WNOHANG)  # an orphan that has ended waits for us to take note
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float) -> list[int]:

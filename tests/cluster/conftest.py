@@ -4,6 +4,7 @@ depend on what else is in the batch."""
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -24,15 +25,27 @@ MARKER = "FOLKMOOT_TEST_CLUSTER"
 
 
 def processes_of(marker: str) -> dict[int, str]:
-    """All processes, of whatever parent, that inherited this marker in their environment."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARKER}={marker}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-        except OSError:
-            continue
-    return found
+    """All processes, of whatever parent, that inherited this marker in their environment, or (since Ray's processes
+    write their title over their environment) have a file of the cluster open."""
+    return {
+        int(entry.name): (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _is_of(entry, marker)
+    }
+
+
+def _is_of(process: Path, marker: str) -> bool:
+    try:
+        if f"{MARKER}={marker}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            return True
+        return any(os.readlink(fd).startswith(temp_of(marker)) for fd in (process / "fd").iterdir())
+    except OSError:
+        return False
+
+
+def temp_of(marker: str) -> str:
+    """A folder for temporary files, short enough for unix sockets below it."""
+    return f"/tmp/ft-{marker}"
 
 
 def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
@@ -74,7 +87,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Marks every process that comes of it."""
-        return {**os.environ, MARKER: self.marker}
+        Path(temp_of(self.marker)).mkdir(exist_ok=True)
+        return {**os.environ, MARKER: self.marker, "TMPDIR": temp_of(self.marker)}
 
     def up(self, *arguments: str) -> None:
         """Start it in the background, and wait until it is ready."""
@@ -113,10 +127,11 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
-    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(8))
+    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
     cluster.up("--model", str(mixtral), "--hosts", "4", "--replicas", "3", *FLOAT32)
     yield cluster
     cluster.down()
+    shutil.rmtree(temp_of(cluster.marker))
 
 
 @pytest.fixture
@@ -128,9 +143,10 @@ def client(cluster: Cluster) -> Iterator[Client]:
 @pytest.fixture
 def no_cluster(tmp_path: Path) -> Iterator[Cluster]:
     """A name under which nothing runs; what a test starts under it must be gone by its end."""
-    cluster = Cluster(tmp_path, secrets.token_hex(8))
+    cluster = Cluster(tmp_path, secrets.token_hex(4))
     yield cluster
     left = processes_of(cluster.marker)
     for pid in left:
         os.kill(pid, 9)
+    shutil.rmtree(temp_of(cluster.marker), ignore_errors=True)
     assert not left, f"left behind: {left}"
