@@ -184,7 +184,7 @@ class ExpertRouter:
         try:
             reason = await actor.closed.remote()
         except RayError as e:
-            reason = f"its actor died: {type(e).__name__}"
+            reason = f"its actor died ({type(e).__name__})"
         await self.report(HostDied(host, incarnation, reason))
 
     async def _publish_status(self) -> None:
