@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from folkmoot.experts import links, native, wire
+from folkmoot.experts import cores, links, native, wire
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
 from folkmoot.experts.feed import MapFeed, read_map
 from folkmoot.experts.links import Link, LinkError
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = "FOLKMOOT_DISPATCH"
 REPORT_EVERY_S = 1.0
+LOWER_EVERY_CALLS = 1000
 
 
 class DispatchError(RuntimeError):
@@ -61,6 +62,8 @@ class DispatchConfig:
     connect_timeout_s: float = 5.0
     yield_us: int = 40
     """how long to yield the core before blocking; never spins"""
+    worker_nice: int = 0
+    """niceness of the engine's OpenMP workers, so that they do not delay hosts on the same cores; 0: leave them"""
     max_tokens: int = 2048
     """a layer call with more tokens is split, so that a link's areas stay bounded"""
     expert_cost: int = 16
@@ -144,6 +147,7 @@ class Dispatcher:
         self._served: dict[int, np.ndarray] = {}
         self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._reported_at = time.monotonic()
+        self._calls, self._lowered = 0, set[int]()
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
@@ -199,6 +203,9 @@ class Dispatcher:
         shape = Shape(x.shape[1], topk_ids.shape[1], x.dtype)
         if shape != self._shape:
             self._set_shape(shape)
+        if self.config.worker_nice and self._calls % LOWER_EVERY_CALLS == 0:
+            cores.lower_helpers(self.config.worker_nice, self._lowered)
+        self._calls += 1
         call = _Call(self, layer, x, topk_weights, topk_ids)
         left = call.post()
         shared_out = shared() if shared is not None else None

@@ -1,0 +1,27 @@
+"""Entry points that test_warm.py has forked."""
+
+import time
+from typing import Any
+
+from folkmoot.experts.warm import Control, exit_with_owner
+
+
+def echo(spec: dict[str, Any], control: Control) -> None:
+    """Say the spec, then every message back."""
+    control.send({"spec": spec})
+    while True:
+        message = control.receive()
+        if message is not None:
+            control.send({"back": message})
+
+
+def fail(spec: dict[str, Any], control: Control) -> None:
+    """Die of an error."""
+    raise ValueError(f"cannot use {spec['what']}")
+
+
+def sleep(spec: dict[str, Any], control: Control) -> None:
+    """Busy elsewhere: only the watching thread can see that the owner is gone."""
+    exit_with_owner(control)
+    control.send({"event": "ready"})
+    time.sleep(600)
