@@ -186,10 +186,11 @@ class Supervisor:
         """The request store's URL."""
         if self.options.redis is not None:
             return self.options.redis
-        self._store = EmbeddedStore(self.folder.store, port=0)
+        alone = self.options.address is None  # then a unix socket is enough
+        self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
         self._store.start()
         asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
-        return self._store.url if self.options.address is None else self._store.tcp_url
+        return self._store.url if alone else self._store.tcp_url
 
     def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, redis: str) -> ClusterSpec:
         options = self.options

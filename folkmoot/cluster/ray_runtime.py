@@ -15,6 +15,9 @@ from folkmoot.cluster.spec import ROUTER, ClusterSpec, expert_actor_name
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing but control messages goes through Ray, and this is about the least that it takes."""
 
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+"""Where Ray keeps the token of clusters started on this machine."""
+
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -30,11 +33,11 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
     """Start a local Ray whose processes end with this one, or join the cluster at `address`. Returns its address."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    import ray
-
     arguments: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         arguments["address"] = address
+        if "RAY_AUTH_TOKEN" in os.environ or TOKEN_FILE.exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a cluster, but not for who joins one
     else:
         arguments |= {
             "address": "local",
@@ -44,6 +47,8 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(temp_dir),
         }
+    import ray  # reads its settings now
+
     on_terminate = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stderr(io.StringIO()):
         context = ray.init(**arguments)

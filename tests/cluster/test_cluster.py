@@ -3,6 +3,8 @@
 import os
 import secrets
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from benchmarks.checkpoints import tiny
 from folkmoot.cluster.processes import is_alive
 from folkmoot.gateway.client import Cancelled, Client, DeadlineExceeded, InvalidRequest
-from tests.cluster.conftest import FLOAT32, Cluster, eventually
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
 
 pytestmark = pytest.mark.slow
 
@@ -192,6 +194,36 @@ def test_a_host_killed_in_mid_answer_changes_no_token(cluster: Cluster, client: 
 
     eventually(is_out, 10.0, "the map goes on without it")
     assert cluster.status()["map"]["missing"] == 0
+
+
+RAY_HEAD = """
+import sys, time, ray
+context = ray.init(include_dashboard=False, num_cpus=2, object_store_memory=80 << 20, _temp_dir=sys.argv[1])
+print(context.address_info["address"], flush=True)
+sys.stdin.read()
+print(sorted(a["name"] for a in ray.util.list_named_actors(all_namespaces=True)), flush=True)
+"""
+
+
+def test_joining_a_running_ray_and_leaving_it_as_it_was(no_cluster: Cluster, mixtral: Path) -> None:
+    head = subprocess.Popen(
+        [sys.executable, "-c", RAY_HEAD, f"{temp_of(no_cluster.marker)}/ray"],
+        env=no_cluster.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        no_cluster.up("--model", str(mixtral), "--address", address, "--replicas", "2", *FLOAT32)
+        with no_cluster.client() as client:
+            assert len(tokens(client)) == 24
+        assert no_cluster.run("down", timeout_s=90.0).returncode == 0
+        left, _ = head.communicate("", timeout=30.0)
+    finally:
+        head.kill()
+    assert left.split("\n")[-2] == "['SERVE_CONTROLLER_ACTOR']", "Serve stays, since others may use it"
 
 
 def test_a_dense_model_runs_without_hosts_and_down_leaves_nothing(no_cluster: Cluster, tmp_path: Path) -> None:
