@@ -33,6 +33,8 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]  # [prompts, steps, vocabulary]
 PLACEMENTS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2))  # hosts, replicas
 QUICK_PLACEMENTS = ((1, 1), (2, 1), (2, 2))
 DENSE = "llama"
+FLOAT32_ARGUMENTS = {"deepseek_v3": {"attention_backend": "CPU_MLA"}}
+"""vLLM's default attention for this one takes no float32 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Subject:
         self.bench, self.checkpoint, self.prompts, self.num_tokens = bench, checkpoint, prompts, num_tokens
         self.shape = vllm_api.describe(checkpoint)
 
+    def arguments(self, dtype: str) -> dict[str, Any]:
+        """What vLLM is told beside the checkpoint."""
+        extra = FLOAT32_ARGUMENTS.get(self.checkpoint.name, {}) if dtype == "float32" else {}
+        return {"dtype": dtype, **FULL_LOGITS, **extra}
+
     def answer(self, engine: Engine) -> Run:
         """Greedy tokens and logits."""
         path = self.bench.directory / "logits.npy"
@@ -92,7 +99,7 @@ class Subject:
 
     def monolithic(self, dtype: str) -> Run:
         """Monolithic vLLM."""
-        engine = self.bench.engine(self.checkpoint, openmp=None, dtype=dtype, **FULL_LOGITS).wait()
+        engine = self.bench.engine(self.checkpoint, openmp=None, **self.arguments(dtype)).wait()
         run = self.answer(engine)
         engine.close()
         return run
@@ -105,7 +112,7 @@ class Subject:
         for hosts, replicas in placements:
             pool = self.bench.pool(self.checkpoint, hosts, replicas, dtype=dtype)
             if engine is None:
-                engine = self.bench.engine(self.checkpoint, pool=pool, dtype=dtype, **FULL_LOGITS).wait()
+                engine = self.bench.engine(self.checkpoint, pool=pool, **self.arguments(dtype)).wait()
             else:
                 engine.use_pool(pool, version := version + 1)
             runs.append(self.answer(engine))
