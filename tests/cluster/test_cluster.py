@@ -171,12 +171,12 @@ def test_a_killed_router_comes_back_and_finds_the_same_hosts(cluster: Cluster, c
 
 @pytest.mark.parametrize("with_actor", [False, True], ids=["host", "host-and-actor"])
 def test_a_host_killed_in_mid_answer_changes_no_token(cluster: Cluster, client: Client, with_actor: bool) -> None:
-    expected = tokens(client, max_tokens=300)
+    expected = tokens(client, max_tokens=120)
     before = cluster.status()
     victim = max((h for h in before["hosts"] if h["alive"]), key=lambda h: h["rows"])
     answer: list[int] = []
     after_kill = 0
-    for chunk in client.generate(PROMPT, temperature=0.0, max_tokens=300, ignore_eos=True):
+    for chunk in client.generate(PROMPT, temperature=0.0, max_tokens=120, ignore_eos=True):
         answer += chunk.token_ids
         if len(answer) >= 40 and not after_kill:
             os.kill(victim["pid"], signal.SIGKILL)
