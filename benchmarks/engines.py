@@ -259,20 +259,15 @@ class Bench:
         *,
         dtype: str = "auto",
         openmp: Mapping[str, str] | None = None,
-        pin: bool = False,
         **settings: object,
     ) -> Pool:
-        """Start hosts that together hold `replicas` replicas of every expert. `settings` go to each HostSpec.
-
-        With `pin`, each host stays on one core, in turn.
-        """
-        own = sorted(os.sched_getaffinity(0))
+        """Start hosts that together hold `replicas` replicas of every expert. `settings` go to each HostSpec."""
         shape = vllm_api.describe(checkpoint)
         names = [f"h{i}" for i in range(num_hosts)]
         plan = assign(shape.num_experts, [HostSlot(n, "node") for n in names], replicas)
         expert_map, children, size = em.empty(shape.moe_layers, shape.num_experts), {}, 0
         started = time.time_ns()
-        for i, name in enumerate(names):
+        for name in names:
             spec = {
                 "host": name,
                 "incarnation": time.time_ns(),
@@ -281,7 +276,6 @@ class Bench:
                 "unix_path": str(self.directory / f"{name}-{started}.sock"),
                 "tcp": "127.0.0.1:0",
                 "dtype": dtype,
-                "cpus": [own[i % len(own)]] if pin else None,
                 **settings,
             }
             children[name] = self.parent(openmp).spawn("folkmoot.experts.host:main", spec, self.directory / "host.log")

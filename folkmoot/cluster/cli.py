@@ -147,6 +147,12 @@ def _sampling(command: F) -> F:
     help="rows: the answer does not depend on the placement; sum: fewer bytes come back",
 )
 @click.option(
+    "--background-workers/--no-background-workers",
+    default=UpOptions.background_workers,
+    help="engines' OpenMP workers yield to everything else; quick where only this cluster computes, slow beside other "
+    "work  [default: with one engine on a CPU]",
+)
+@click.option(
     "--cpus-per-host",
     type=float,
     default=UpOptions.cpus_per_host,

@@ -47,6 +47,7 @@ class EngineSpec:
     kv_cache_gib: float
     transport: str
     combine: str
+    background_workers: bool
     grace_s: float
 
 
@@ -80,7 +81,13 @@ def _set_environment(spec: EngineSpec) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # on a CPU it decides only that the executor is in-process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if spec.feed is not None:
-        config = {"engine": spec.engine, "feed": spec.feed, "transport": spec.transport, "combine": spec.combine}
+        config = {
+            "engine": spec.engine,
+            "feed": spec.feed,
+            "transport": spec.transport,
+            "combine": spec.combine,
+            "background_workers": spec.background_workers,
+        }
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
 
 

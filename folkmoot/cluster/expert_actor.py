@@ -80,11 +80,17 @@ class ExpertActor:
             "checkpoint": spec.model_path,
             "experts": as_placement(columns, spec.moe_layers),
             "unix_path": str(Path(spec.run_dir) / f"{self._host}.sock"),
-            "tcp": None if spec.transport == "shm" else f"{ray.util.get_node_ip_address()}:0",
+            "tcp": self._tcp(),
             "dtype": spec.dtype,
             "device": spec.device,
             "threads": self._threads,
         }
+
+    def _tcp(self) -> str | None:
+        """Where to listen for engines on other nodes; nowhere if there can be none."""
+        if self._spec.several_nodes and self._spec.transport != "shm":
+            return f"{ray.util.get_node_ip_address()}:0"
+        return "127.0.0.1:0" if self._spec.transport == "tcp" else None
 
     def _first_message(self, child: Child) -> dict[str, Any]:
         """Wait for the host to be ready. Its log says more than the error."""

@@ -74,6 +74,8 @@ class UpOptions:
     seed: int = 0
     transport: str = "auto"
     combine: str = "rows"
+    background_workers: bool | None = None
+    """None: where it helps, with one engine on a CPU"""
     cpus_per_host: float = 0.1
     gpus_per_host: float = 0.0
     state_dir: Path | None = None
@@ -205,10 +207,19 @@ class Supervisor:
             run_dir=str(self._run_dir),
             log_dir=str(self.folder.logs),
             hosts=hosts,
+            several_nodes=options.address is not None,
+            background_workers=self._background_workers(shape),
             host_cpus=options.cpus_per_host,
             host_gpus=options.gpus_per_host,
             **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
         )
+
+    def _background_workers(self, shape: "ModelShape") -> bool:
+        """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
+        options = self.options
+        if options.background_workers is not None:
+            return options.background_workers
+        return options.device == "cpu" and options.engines == 1 and bool(shape.moe_layers)
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]

@@ -39,6 +39,10 @@ class ClusterSpec:
     kv_cache_gib: float = 1.0
     transport: str = "auto"
     combine: str = "rows"
+    several_nodes: bool = False
+    """whether hosts and engines may be on different nodes: only then do hosts listen on TCP"""
+    background_workers: bool = False
+    """make each engine's OpenMP workers SCHED_IDLE (folkmoot.experts.cores)"""
     host_cpus: float = 0.1
     """share of a CPU that Ray reserves for one expert host; a reservation, not a limit"""
     host_gpus: float = 0.0

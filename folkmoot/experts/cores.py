@@ -1,17 +1,14 @@
 """How engines and expert hosts share cores: who may spin, who yields to whom.
 
 An engine and its hosts take turns: while hosts compute, the engine waits, and the other way round. What costs speed is
-a thread neither computing nor asleep: an OpenMP worker that spins after its parallel region takes the core that
-a host needs next. benchmarks/throughput.py measures these settings; docs/performance.md has the table.
+a thread neither computing nor asleep: an OpenMP worker that spins after its parallel region takes the core that a host
+needs next. As SCHED_IDLE it may spin, and so be quick, since any other thread takes the core from it at once. The
+price: beside other work that never sleeps it starves, and the engine with it. docs/performance.md has the figures.
 """
 
 import contextlib
-import logging
 import os
 import threading
-from collections.abc import Iterable
-
-log = logging.getLogger(__name__)
 
 
 def helper_threads() -> list[int]:
@@ -20,22 +17,13 @@ def helper_threads() -> list[int]:
     return [tid for name in os.listdir("/proc/self/task") if (tid := int(name)) not in own]
 
 
-def lower_helpers(nice: int, done: set[int]) -> None:
-    """Give helper threads that are not in `done` this niceness (0 to 19), so that they never delay a host's thread.
+def to_background(done: set[int]) -> None:
+    """Make the helper threads that are not in `done` SCHED_IDLE: they run only where nobody else wants the core.
 
-    To be called again now and then: a pool may grow. `done` is updated.
+    To be called again now and then, since a pool may grow. `done` is updated.
     """
     for tid in helper_threads():
         if tid not in done:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, tid, nice)
+                os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
             done.add(tid)
-
-
-def pin(cpus: Iterable[int]) -> None:
-    """Keep this process, and the threads it starts from now on, on these cores; those it may not use are left out."""
-    wanted = set(cpus) & os.sched_getaffinity(0)
-    if wanted:
-        os.sched_setaffinity(0, wanted)
-    else:
-        log.warning("none of the cores %s may be used; not pinned", sorted(cpus))

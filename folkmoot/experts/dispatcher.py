@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = "FOLKMOOT_DISPATCH"
 REPORT_EVERY_S = 1.0
-LOWER_EVERY_CALLS = 1000
+BACKGROUND_EVERY_CALLS = 1000
 
 
 class DispatchError(RuntimeError):
@@ -62,8 +62,8 @@ class DispatchConfig:
     connect_timeout_s: float = 5.0
     yield_us: int = 40
     """how long to yield the core before blocking; never spins"""
-    worker_nice: int = 0
-    """niceness of the engine's OpenMP workers, so that they do not delay hosts on the same cores; 0: leave them"""
+    background_workers: bool = False
+    """make the engine's OpenMP workers SCHED_IDLE, so that they never delay a host on the same core: cores.py"""
     max_tokens: int = 2048
     """a layer call with more tokens is split, so that a link's areas stay bounded"""
     expert_cost: int = 16
@@ -147,7 +147,7 @@ class Dispatcher:
         self._served: dict[int, np.ndarray] = {}
         self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._reported_at = time.monotonic()
-        self._calls, self._lowered = 0, set[int]()
+        self._calls, self._background = 0, set[int]()
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
@@ -203,8 +203,8 @@ class Dispatcher:
         shape = Shape(x.shape[1], topk_ids.shape[1], x.dtype)
         if shape != self._shape:
             self._set_shape(shape)
-        if self.config.worker_nice and self._calls % LOWER_EVERY_CALLS == 0:
-            cores.lower_helpers(self.config.worker_nice, self._lowered)
+        if self.config.background_workers and self._calls % BACKGROUND_EVERY_CALLS == 0:
+            cores.to_background(self._background)
         self._calls += 1
         call = _Call(self, layer, x, topk_weights, topk_ids)
         left = call.post()

@@ -49,7 +49,7 @@ _Static_assert(sizeof(struct header) == 64, "the header is 64 bytes");
  * Without: ready once fd is readable. state PENDING is set by the caller; others are skipped. */
 struct waiter {
     uint64_t *flag;     /* in shared memory, written by the peer */
-    uint32_t *sleeping; /* in shared memory: we block, so ring */
+    uint32_t *sleeping; /* in shared memory: 1 + our core while we block, so ring */
     uint64_t want;
     int32_t fd, state;
 };
@@ -66,9 +66,13 @@ static void publish(uint8_t *page, int flag, uint64_t value) {
     __atomic_store_n((uint64_t *)(page + flag), value, __ATOMIC_SEQ_CST);
 }
 
-static void ring(uint8_t *page, int sleeping, int fd) {
-    if (__atomic_load_n((uint32_t *)(page + sleeping), __ATOMIC_SEQ_CST))
-        (void)!send(fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL); /* a full socket has been rung already */
+/* A sleeper says on which core it went to sleep: 1 + core, 0 while it is awake. */
+static uint32_t sleeper(uint8_t *page, int sleeping) {
+    return __atomic_load_n((uint32_t *)(page + sleeping), __ATOMIC_SEQ_CST);
+}
+
+static void ring(int fd) {
+    (void)!send(fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL); /* a full socket has been rung already */
 }
 
 static int check_flags(struct waiter *w, int n) {
@@ -130,7 +134,7 @@ int fm_wait(struct waiter *w, int n, int64_t yield_us, int64_t timeout_us) {
         sched_yield();
     } while (now_us() - began < yield_us);
     for (;;) {
-        set_sleeping(w, n, 1);
+        set_sleeping(w, n, 1 + sched_getcpu());
         found = check_flags(w, n); /* what came before the peer could see that we sleep */
         int64_t left = timeout_us < 0 ? -1 : timeout_us - (now_us() - began);
         if (!found && (timeout_us < 0 || left > 0)) found = poll_once(w, n, left);
@@ -251,8 +255,8 @@ static void write_header(struct call *c, struct link *l) {
     if (l->page) memcpy(l->page + REQUEST_HEADER, h, sizeof *h);
 }
 
-/* Route and pack the pairs that are not done; post to every shared-memory host before ringing any, since the first one
- * woken may take our core. Links with rows are WAITING after it; those over TCP are the caller's to send.
+/* Route and pack the pairs that are not done; post to every shared-memory host before ringing any, and ring those that
+ * sleep on our own core last, since they may take it from us when they wake. Links with rows are WAITING after it; those over TCP are the caller's to send.
  * Returns as choose_replicas. */
 int fm_begin(struct call *c, struct link **links) {
     int status = choose_replicas(c);
@@ -262,8 +266,13 @@ int fm_begin(struct call *c, struct link **links) {
         if (links[i]->rows) write_header(c, links[i]);
     for (int i = 0; i < c->links; i++)
         if (links[i]->state == WAITING && links[i]->page) publish(links[i]->page, REQUEST_FLAG, links[i]->seq);
-    for (int i = 0; i < c->links; i++)
-        if (links[i]->state == WAITING && links[i]->page) ring(links[i]->page, HOST_SLEEPING, links[i]->fd);
+    uint32_t here = 1 + sched_getcpu();
+    for (int own = 0; own < 2; own++)
+        for (int i = 0; i < c->links; i++) {
+            if (links[i]->state != WAITING || !links[i]->page) continue;
+            uint32_t where = sleeper(links[i]->page, HOST_SLEEPING);
+            if (where && (where == here) == own) ring(links[i]->fd);
+        }
     return 0;
 }
 
@@ -364,7 +373,7 @@ void fm_answer(struct connection *c, int kind, uint32_t payload_bytes) {
     if (!c->page) return;
     memcpy(c->page + REPLY_HEADER, &c->header, sizeof c->header);
     publish(c->page, REPLY_FLAG, c->seq);
-    ring(c->page, ENGINE_SLEEPING, c->fd);
+    if (sleeper(c->page, ENGINE_SLEEPING)) ring(c->fd);
 }
 
 /* ---- combining ------------------------------------------------------------------------------------------------ */

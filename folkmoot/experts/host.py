@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from folkmoot.experts import cores, links, native, wire
+from folkmoot.experts import links, native, wire
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.node import node_id
 from folkmoot.experts.warm import Control, exit_with_owner
@@ -73,8 +73,6 @@ class HostSpec:
     dtype: str = "auto"
     device: str = "cpu"
     threads: int = 1
-    cpus: Sequence[int] | None = None
-    """cores to stay on; None: any"""
     yield_us: int = 40
 
     @staticmethod
@@ -99,8 +97,6 @@ def main(spec: dict[str, Any], control: Control) -> None:
     exit_with_owner(control)
     host = HostSpec.from_dict(spec)
     began = time.monotonic()
-    if host.cpus is not None:
-        cores.pin(host.cpus)
     torch.set_num_threads(host.threads)
     from folkmoot.experts import vllm_api
 

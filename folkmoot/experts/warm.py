@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 64 << 20
 """A control message longer than this is refused: the largest real one is an expert map of a few megabytes."""
 
-OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "1000"}
-"""How long OpenMP's workers spin after a parallel region, in engines and hosts that share cores: docs/performance.md."""
+OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "20000"}
+"""How long OpenMP's workers spin after a parallel region, where engines and hosts share cores: docs/performance.md."""
 
 
 class WarmParentError(RuntimeError):

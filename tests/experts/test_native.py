@@ -269,7 +269,7 @@ def test_a_sleeper_is_rung() -> None:
     deadline = time.monotonic() + 5
     while not memory[wire.OFF_ENGINE_SLEEPING // 8] and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert memory[wire.OFF_ENGINE_SLEEPING // 8] == 1
+    assert memory[wire.OFF_ENGINE_SLEEPING // 8] in range(1, 1 + (os.cpu_count() or 1))  # 1 + its core
     began = time.monotonic()
     connection = native.Connection(page=page, seq=1, fd=ours.fileno())
     native.answer(ctypes.addressof(connection), wire.REPLY, 0)
