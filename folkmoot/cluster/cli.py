@@ -253,13 +253,13 @@ def _print_ready(state: ClusterState, timings: bool) -> None:
 
 
 class _Progress:
-    """A spinner with the elapsed time on a terminal; elsewhere one line a change."""
+    """A spinner with the elapsed time on a terminal; elsewhere one line a change, of percentages one every two seconds."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._status = console.status("starting") if console.is_terminal else None
         self._active = False
-        self._last = ""
+        self._last, self._printed_at = "", 0.0
 
     def __enter__(self) -> "_Progress":
         self._active = True
@@ -276,7 +276,8 @@ class _Progress:
         elapsed = f"{time.monotonic() - self._began:5.1f} s"
         if self._status is not None and self._active:
             self._status.update(f"{elapsed}  {message}")
-        elif message != self._last:
+        elif message != self._last and ("%" not in message or time.monotonic() - self._printed_at > 2):
+            self._printed_at = time.monotonic()
             console.print(f"{elapsed}  {message}")
         self._last = message
 
