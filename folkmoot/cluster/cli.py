@@ -253,7 +253,7 @@ def _print_ready(state: ClusterState, timings: bool) -> None:
 
 
 class _Progress:
-    """A spinner with the elapsed time on a terminal; elsewhere one line a change, of percentages one every two seconds."""
+    """A spinner with the elapsed time on a terminal; elsewhere a line a change, of percentages one in two seconds."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
