@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
@@ -97,6 +97,7 @@ class Supervisor:
         self._gateway: subprocess.Popen[bytes] | None = None
         self._gateway_address: str | None = None
         self._router: Any = None
+        self._deployment: ray_runtime.Deployment | None = None
         self._state = ClusterState(options.name, "starting", os.getpid())
         self._acquired = False
 
@@ -121,7 +122,7 @@ class Supervisor:
         self._mark("ray")
         interrupts.check()
         self._router = ray_runtime.start_router(self.spec)
-        deployment = ray_runtime.Deployment(self.spec)
+        self._deployment = deployment = ray_runtime.Deployment(self.spec)
         self._wait_until_ready(self.spec, deployment)
         self._mark("ready")
         self._update(
@@ -158,18 +159,23 @@ class Supervisor:
             self._update(phase="failed" if failure else "stopping", message=failure or "stopping")
         if self._gateway is not None:
             processes.stop(self._gateway)
-        with contextlib.suppress(Exception):
-            ray_runtime.tear_down(self.spec, joined=self.options.address is not None)
+        joined = self.options.address is not None
+        # Ray aborts a process that shuts it down while a thread of it calls Serve: then its processes are just killed.
+        is_busy = self._deployment is not None and not self._deployment.is_done and not joined
+        if not is_busy:
+            with contextlib.suppress(Exception):
+                ray_runtime.tear_down(self.spec, joined=joined)
         if self._warm is not None:
             processes.stop(self._warm)
         if self._store is not None:
             self._store.stop()
-        processes.end_descendants(
-            LEFTOVER_GRACE_S
-        )  # expert hosts and engines end with their owners; Ray's agents linger
+        # Expert hosts and engines end with their owners; Ray's agents linger.
+        processes.end_descendants(0.0 if is_busy else LEFTOVER_GRACE_S)
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
         self.folder.release()
+        if is_busy:
+            _leave(failure)
 
     def _num_hosts(self, shape: "ModelShape") -> int:
         options = self.options
@@ -303,6 +309,15 @@ def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[
         return path, describe(path)
     except (OSError, ValueError, KeyError) as e:
         raise StartError(f"{path} cannot be read as a checkpoint: {e}") from e
+
+
+def _leave(failure: str | None) -> NoReturn:
+    """End this process without Ray's exit handlers, which would talk to a Ray that is gone."""
+    if failure:
+        print(f"Error: {failure}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failure else 0)
 
 
 def _namespace(options: UpOptions) -> str:
