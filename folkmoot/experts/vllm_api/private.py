@@ -97,8 +97,6 @@ PRIVATE_NAMES = (
     ),
     PrivateName(f"{_STATE}.initialize_model_parallel", ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
     PrivateName(f"{_STATE}.model_parallel_is_initialized"),
-    PrivateName(f"{_STATE}._groups"),
-    PrivateName(f"{_STATE}.GroupCoordinator", members=("world_size", "device_group", "cpu_group", "destroy")),
     PrivateName(f"{_STATE}.destroy_model_parallel"),
     PrivateName(f"{_STATE}.destroy_distributed_environment"),
     PrivateName("vllm.engine.arg_utils.EngineArgs.create_engine_config"),

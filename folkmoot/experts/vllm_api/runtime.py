@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import (
-    _groups,
     destroy_distributed_environment,
     destroy_model_parallel,
     init_distributed_environment,
@@ -87,21 +86,6 @@ def world_of_one() -> Iterator[None]:
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
-
-
-def close_groups_of_one() -> None:
-    """Close the process groups of an engine that is alone in them: their gloo threads wake a hundred times a second.
-
-    vLLM's collectives return at once in a group of one, and its own clean-up takes closed groups for done.
-    """
-    for reference in list(_groups.values()):
-        group = reference()
-        if group is None or group.world_size != 1:
-            continue
-        for name in ("device_group", "cpu_group"):
-            if hasattr(group, name):
-                torch.distributed.destroy_process_group(getattr(group, name))
-                delattr(group, name)
 
 
 def prepare_cpu() -> None:
