@@ -196,7 +196,8 @@ class Dispatcher:
         """Routed experts of one layer: x [tokens, hidden], topk_weights and topk_ids [tokens, k].
 
         Returns (routed [tokens, hidden] in x's dtype and device, shared() or None). `shared` runs once, while rows
-        are away (after them in a call of more than config.max_tokens). Raises NoReplicaError when an expert had no live replica for config.no_replica_timeout_s.
+        are away (after them in a call of more than config.max_tokens). Raises NoReplicaError when an expert had no live
+        replica for config.no_replica_timeout_s.
         """
         if x.shape[0] > self.config.max_tokens:
             return self._forward_split(layer, x, topk_weights, topk_ids, shared)
