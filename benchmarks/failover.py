@@ -1,0 +1,262 @@
+"""Failover: what clients see when a process of a serving cluster dies, for each kind of process.
+
+Under steady load (each client asks again as soon as it has its answer) one process after the other is killed with
+SIGKILL, or stopped: an expert host that has a replica, one that has none, an engine, a gateway, the expert router, the
+store. For each: requests that failed, tokens that were lost, doubled or (in float32, where answers may not depend on
+what else is in the batch) different from the undisturbed answers; the longest gap between two tokens that any client
+saw, less the usual one; how long until all replicas and engines are back; and the tokens of the window around the fault
+over those of an equally long window without one.
+
+The same is done to monolithic vLLM (`vllm serve`, its engine core killed, started again at once), as a peer.
+
+    python -m benchmarks.failover --json failover.json
+"""
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from benchmarks import faults, load, peer, report
+from benchmarks.checkpoints import measure_sized, tiny
+from benchmarks.clusters import Cluster
+from benchmarks.engines import Bench, prompts_of
+from benchmarks.faults import Fault
+from benchmarks.load import Answer, Faults, Load, Question
+from folkmoot.cluster import demo_model
+from folkmoot.cluster.bench import percentile
+
+Owed: TypeAlias = Mapping[int, Sequence[int]]
+
+PROMPT_TOKENS = 16
+VOCABULARY = 500
+RESTORE_TIMEOUT_S = 120.0
+GAP_HORIZON_S = 15.0
+"""Gaps that begin later than this after a fault are not its doing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to one cluster: `faults` one after the other, each in the middle of a window of `window_s`."""
+
+    name: str
+    options: tuple[str, ...]
+    faults: tuple[tuple[str, Fault], ...]
+    num_questions: int
+    max_tokens: int
+    clients: int
+    window_s: float
+    gateways: int = 1
+
+
+@dataclass
+class Trial:
+    """One fault, and what came of it. Seconds; `gaps_s` has one entry a client stream: its longest gap, less the
+    usual one."""
+
+    key: str
+    fault: Fault
+    gaps_s: list[float]
+    restored_s: float | None
+    tokens: int
+    tokens_undisturbed: int
+
+
+@dataclass
+class Outcome:
+    """All trials on one cluster, and the account of all its requests."""
+
+    plan: Plan
+    trials: list[Trial] = field(default_factory=list)
+    account: Faults = field(default_factory=Faults)
+    tokens_owed: int = 0
+
+
+async def run(
+    cluster: Cluster, plan: Plan, questions: Sequence[Question], owed: Mapping[int, Sequence[int]]
+) -> Outcome:
+    """Load the cluster, and inject the plan's faults one after the other."""
+    outcome, rng = Outcome(plan), random.Random(0)
+    async with Load(cluster.addresses, questions, plan.clients) as steady:
+        await asyncio.sleep(3.0)
+        began = time.monotonic()
+        await asyncio.sleep(plan.window_s)
+        undisturbed = steady.tokens_between(began, began + plan.window_s)
+        for key, fault in plan.faults:
+            outcome.trials.append(await _trial(cluster, plan, steady, key, fault, undisturbed, rng))
+    outcome.account = load.faults_of(steady.answers, owed)
+    outcome.tokens_owed = sum(len(owed[a.question.key]) for a in steady.answers)
+    return outcome
+
+
+async def _trial(
+    cluster: Cluster, plan: Plan, steady: Load, key: str, fault: Fault, undisturbed: int, rng: random.Random
+) -> Trial:
+    began = time.monotonic()
+    await asyncio.sleep(plan.window_s / 2)
+    injected = await faults.inject_soon(cluster, fault, rng)
+    await asyncio.to_thread(cluster.tend)
+    whole = await load.until(cluster.is_whole, RESTORE_TIMEOUT_S)
+    restored_s = time.monotonic() - injected.at_s if whole else None
+    await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
+    usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)
+    gaps = [
+        load.longest_gap_s([answer], injected.at_s, injected.at_s + GAP_HORIZON_S) - usual_s
+        for answer in steady.answers
+        if _was_streaming(answer, injected.at_s)
+    ]
+    trial = Trial(key, fault, gaps, restored_s, steady.tokens_between(began, began + plan.window_s), undisturbed)
+    print(_line(trial), flush=True)
+    return trial
+
+
+def _was_streaming(answer: Answer, at_s: float) -> bool:
+    return bool(answer.arrivals_s) and answer.arrivals_s[0] <= at_s <= answer.arrivals_s[-1]
+
+
+def _line(trial: Trial) -> str:
+    restored = "not whole again" if trial.restored_s is None else f"whole again after {trial.restored_s:.1f} s"
+    worst = 1e3 * max(trial.gaps_s, default=float("nan"))
+    return f"{trial.fault.name}: longest gap {worst:.0f} ms over the usual one, {restored}"
+
+
+def measure(model: Path, plan: Plan) -> Outcome:
+    """Start a cluster, learn its undisturbed answers, break it, and take it down."""
+    questions = load.greedy(prompts_of(plan.num_questions, PROMPT_TOKENS, VOCABULARY), plan.max_tokens)
+    with Cluster(model, plan.options, plan.gateways) as cluster:
+        owed = asyncio.run(load.record(cluster.addresses, questions, plan.clients))
+        return asyncio.run(run(cluster, plan, questions, owed))
+
+
+def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """Pure: the flat figures. Gaps in milliseconds; a figure that no trial gave is left out."""
+    exact = [o for o in outcomes if "float32" in o.plan.options]
+    account = sum((o.account for o in outcomes), Faults())
+    figures: dict[str, object] = {
+        "requests": account.requests,
+        "requests_failed": account.failed,
+        "tokens_lost_or_doubled": account.lost_or_doubled,
+        "tokens_different": sum(o.account.different for o in exact),
+    }
+    for name, key, choose in (
+        ("dead_host_gap_p99_ms", "dead_host", lambda gaps: percentile(gaps, 99)),
+        ("stalled_host_gap_ms", "stalled_host", max),
+        ("no_replica_gap_ms", "no_replica", max),
+        ("engine_gap_ms", "engine", max),
+        ("gateway_gap_ms", "gateway", max),
+        ("router_gap_ms", "router", max),
+        ("store_gap_ms", "store", max),
+    ):
+        gaps = [gap for o in outcomes for t in o.trials if t.key == key for gap in t.gaps_s]
+        if gaps:
+            figures[name] = 1e3 * choose(gaps)
+    hosts = [t for o in outcomes for t in o.trials if t.key == "dead_host"]
+    figures["throughput_retained"] = min(t.tokens / t.tokens_undisturbed for t in hosts)
+    figures["replicas_restored_s"] = max(t.restored_s if t.restored_s is not None else RESTORE_TIMEOUT_S for t in hosts)
+    return figures
+
+
+def rows_of(outcome: Outcome) -> list[list[object]]:
+    """Pure: one line a kind of fault."""
+    rows: list[list[object]] = []
+    for key in dict.fromkeys(t.key for t in outcome.trials):
+        trials = [t for t in outcome.trials if t.key == key]
+        gaps = [1e3 * gap for t in trials for gap in t.gaps_s] or [float("nan")]
+        restored = [t.restored_s for t in trials if t.restored_s is not None]
+        rows.append(
+            [outcome.plan.name, trials[0].fault.name + (", no replica" if key == "no_replica" else ""), len(trials),
+             percentile(gaps, 50), max(gaps), max(restored) if len(restored) == len(trials) else "not",
+             min(t.tokens / t.tokens_undisturbed for t in trials)]
+        )  # fmt: skip
+    return rows
+
+
+ALONE = (("no_replica", faults.KILL_HOST),)
+EVERY = (
+    *(("dead_host", faults.KILL_HOST),) * 10,
+    ("stalled_host", faults.STALL_HOST),
+    ("engine", faults.KILL_ENGINE),
+    ("engine", faults.KILL_CORE),
+    ("gateway", faults.KILL_GATEWAY),
+    ("gateway", faults.KILL_GATEWAY),
+    ("router", faults.KILL_ROUTER),
+    ("store", faults.KILL_STORE),
+)
+FLOAT32 = ("--dtype", "float32", "--max-model-len", "512")
+REPLICATED = ("--hosts", "2", "--replicas", "2")
+
+
+def plans(quick: bool, window_s: float) -> list[tuple[str, Plan]]:
+    """(model, plan) pairs: "tiny", "demo" or "measure"."""
+    if quick:
+        some = (("dead_host", faults.KILL_HOST), ("router", faults.KILL_ROUTER))
+        return [("tiny", Plan("tiny, float32", (*FLOAT32, *REPLICATED), some, 8, 200, 4, 6.0))]
+    two = ("--engines", "2")
+    big = (("dead_host", faults.KILL_HOST), ("dead_host", faults.KILL_HOST), ("engine", faults.KILL_ENGINE))
+    return [
+        ("demo", Plan("demo, float32", (*FLOAT32, *REPLICATED, *two), EVERY, 16, 96, 8, window_s, gateways=2)),
+        ("demo", Plan("demo, float32, 1 replica", (*FLOAT32, "--hosts", "2", "--replicas", "1"), ALONE * 3, 16, 96, 8,
+                      window_s)),
+        ("measure", Plan("1.5 GiB, bf16", ("--max-model-len", "512", *REPLICATED, *two), big, 16, 96, 8, window_s)),
+    ]  # fmt: skip
+
+
+def made(model: str, folder: Path) -> Path:
+    """The checkpoint of that name, written into `folder` where it is not there yet."""
+    if model == "demo":
+        return demo_model.ensure()
+    path = folder / model
+    if path.exists():
+        return path
+    return measure_sized(path) if model == "measure" else tiny("mixtral", path, dtype="float32")
+
+
+def reshuffled(model: Path, num_questions: int, max_tokens: int) -> float:
+    """The share of tokens that differ when monolithic vLLM answers the same questions all at once, and in fives."""
+    prompts = prompts_of(num_questions, PROMPT_TOKENS, VOCABULARY)
+    with Bench() as bench:
+        engine = bench.engine(model).wait()
+        together = engine.generate(prompts, max_tokens)["tokens"]
+        parts = [engine.generate(prompts[i : i + 5], max_tokens)["tokens"] for i in range(0, len(prompts), 5)]
+        engine.close()
+    pairs = zip((t for answer in together for t in answer), (t for p in parts for a in p for t in a), strict=True)
+    different: int = sum(a != b for a, b in pairs)
+    return different / (num_questions * max_tokens)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--window-s", type=float, default=60.0, help="length of the window around a fault")
+    args = parser.parse_args()
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
+        outcomes = [measure(made(model, Path(name)), plan) for model, plan in plans(args.quick, args.window_s)]
+        figures = figures_of(outcomes)
+        if not args.quick:
+            figures |= bf16_figures(made("measure", Path(name)), outcomes[-1])
+            line, more = peer.measure(made("demo", Path(name)), window_s=args.window_s)
+            rows.append(line)
+            figures |= more
+    rows = [row for outcome in outcomes for row in rows_of(outcome)] + rows
+    header = ["model", "fault", "times", "gap p50 ms", "gap max ms", "whole again s", "throughput"]
+    print(report.table("Faults under load (gaps less the usual one)", header, rows))
+    for error in sorted({e for o in outcomes for e in o.account.errors}):
+        print(f"a client saw: {error}")
+    report.finish(figures, args.json)
+
+
+def bf16_figures(model: Path, outcome: Outcome) -> dict[str, object]:
+    """How many tokens differ in bf16: after faults here, and in vLLM when only the batches change."""
+    return {
+        "tokens_different_bf16_share": outcome.account.different / outcome.tokens_owed,
+        "tokens_different_vllm_reshuffled": reshuffled(model, outcome.plan.num_questions, outcome.plan.max_tokens),
+    }
+
+
+if __name__ == "__main__":
+    main()
