@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from folkmoot.cluster.placement import HostSlot, assign
+from folkmoot.cluster.placement import HostSlot, rebalance
 from folkmoot.experts import expert_map as em
 from folkmoot.experts import vllm_api, warm
 from folkmoot.experts.dispatcher import Dispatcher
@@ -264,7 +264,7 @@ class Bench:
         """Start hosts that together hold `replicas` replicas of every expert. `settings` go to each HostSpec."""
         shape = vllm_api.describe(checkpoint)
         names = [f"h{i}" for i in range(num_hosts)]
-        plan = assign(shape.num_experts, [HostSlot(n, "node") for n in names], replicas)
+        plan = rebalance([replicas] * shape.num_experts, [HostSlot(n, "node") for n in names], {})
         expert_map, children, size = em.empty(shape.moe_layers, shape.num_experts), {}, 0
         started = time.time_ns()
         for name in names:

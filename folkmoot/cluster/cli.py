@@ -160,6 +160,12 @@ def _sampling(command: F) -> F:
     help="share of a CPU that Ray reserves for an expert host",
 )
 @click.option("--gpus-per-host", type=float, default=UpOptions.gpus_per_host, show_default=True)
+@click.option(
+    "--max-experts-per-host",
+    type=click.IntRange(1),
+    metavar="K",
+    help="most experts (of every layer) that fit on a host, also when it stands in for another  [default: all]",
+)
 @click.option("--detach", is_flag=True, help="run in the background; return when it is ready")
 @click.option("--timings", is_flag=True, help="say when each part was ready")
 @_named

@@ -85,7 +85,7 @@ def _play(console: Console, client: Client) -> bool:
     console.print(f"\nThe last question again; after {KILL_AFTER_TOKENS} tokens {victim['host']} is killed.")
     again, killed_at_s = _ask_and_kill(console, client, QUESTIONS[-1], [victim["pid"], victim["actor_pid"]])
     left = processes.wait_gone([victim["pid"], victim["actor_pid"]], timeout_s=5.0)
-    _wait_for_new_map(client, victim["host"])
+    _wait_until_healed(client, victim)
     console.print(status_view.hosts_table(status_view.fetch(client)["hosts"], "after"))
     return _verdict(console, answers[-1], again, killed_at_s, victim, left)
 
@@ -125,11 +125,12 @@ def _take(console: Console, answer: Answer, chunk: Any) -> None:
     console.print(chunk.text, end="", markup=False)
 
 
-def _wait_for_new_map(client: Client, host: str) -> None:
-    """Until the router has taken the host out of the map and said so."""
+def _wait_until_healed(client: Client, victim: dict[str, Any]) -> None:
+    """Until the router has started another process in the place of the dead one."""
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
-        if any(h["host"] == host and not h["alive"] for h in status_view.fetch(client)["hosts"]):
+        hosts = status_view.fetch(client).get("hosts", [])
+        if any(h["host"] == victim["host"] and h["alive"] and h["pid"] != victim["pid"] for h in hosts):
             return
         time.sleep(0.2)
 

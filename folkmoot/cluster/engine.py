@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from folkmoot.cluster.node_agent import warm_parent
-from folkmoot.cluster.router_state import EngineReported, HostDied
+from folkmoot.cluster.router_events import EngineReported, HostDied
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.warm import Child
 
@@ -133,7 +133,7 @@ class Engine:
         """Long-poll the router. While it is away, the engine goes on with the map it has."""
         while True:
             try:
-                text = await self._router.wait_for_map.remote(self._version)
+                text = await self._router.wait_for_map.remote(self._engine, self._version)
                 if text is not None:
                     expert_map = json.loads(text)
                     await asyncio.to_thread(self._child.send, {"map": expert_map})

@@ -1,21 +1,23 @@
-"""The expert actor: a light Ray actor that owns one expert host process, so that Ray's scheduling places it.
+"""The expert actor: a light Ray actor that owns the processes of one expert host, so that Ray's scheduling places it.
 
-No row passes through it. It forks the host from the node's warm parent and holds its control channel: when the actor
-dies, the host sees end-of-file and exits; when the host dies, `closed` answers, and the expert router learns of it.
+No row passes through it. It forks a process from the node's warm parent for each life of the host, and holds its
+control channel: when the actor dies, the process sees end-of-file and exits; when the process dies, `closed` answers,
+and the expert router has the next life forked here, where everything for that is warm.
 """
 
 import asyncio
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.placement import as_placement
-from folkmoot.cluster.router_state import HostLoad, HostReady
+from folkmoot.cluster.router_events import HostForked, HostLoad, HostReady
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.warm import Child
@@ -28,50 +30,61 @@ class ExpertHostError(RuntimeError):
     """The expert host did not come up. The message says why and names its log."""
 
 
+@dataclass
+class _Process:
+    """One life: its process, and what is to be heard of it."""
+
+    forked: HostForked
+    child: Child
+    ready: "asyncio.Future[HostReady]"
+    closed: "asyncio.Future[str]"
+
+
 @ray.remote(num_cpus=0.1, max_restarts=0)
 class ExpertActor:
-    """Owns one expert host. `threads` is the host's share of this node's cores."""
+    """Owns the lives of one expert host: one, or two while a successor takes over."""
 
-    def __init__(self, spec: ClusterSpec, host: str, threads: int) -> None:
-        self._spec, self._host, self._threads = spec, host, threads
-        self._child: Child | None = None
-        self._ready: HostReady | None = None
-        self._closed: asyncio.Future[str] | None = None
+    def __init__(self, spec: ClusterSpec, host: str) -> None:
+        self._spec, self._host = spec, host
         self._log = spec.log(host)
+        self._processes: dict[int, _Process] = {}
 
-    async def start(self, incarnation: int, columns: Sequence[int]) -> HostReady:
-        """Fork the host, wait until it serves, and say where. Raises ExpertHostError, WarmParentError."""
-        self._closed = asyncio.get_running_loop().create_future()
+    async def start(self, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
+        """Fork a life, which then loads its experts. Raises WarmParentError."""
         parent = await warm_parent(self._spec)
-        host_spec = self._host_spec(incarnation, columns)
-        self._child = await asyncio.to_thread(parent.spawn, "folkmoot.experts.host:main", host_spec, self._log)
-        message = await asyncio.to_thread(self._first_message, self._child)
-        address = HostAddress(**message["address"])
-        self._ready = HostReady(
-            self._host,
-            incarnation,
-            address,
-            tuple(columns),
-            self._child.pid,
-            os.getpid(),
-            int(message["bytes"]),
-            float(message["load_s"]),
-        )
-        watched = (self._child, asyncio.get_running_loop())
-        threading.Thread(target=self._watch, args=watched, name="host-watch", daemon=True).start()
-        return self._ready
+        host_spec = self._host_spec(incarnation, columns, threads)
+        child = await asyncio.to_thread(parent.spawn, "folkmoot.experts.host:main", host_spec, self._log)
+        loop = asyncio.get_running_loop()
+        forked = HostForked(self._host, incarnation, tuple(columns), child.pid, os.getpid())
+        process = _Process(forked, child, loop.create_future(), loop.create_future())
+        self._processes[incarnation] = process
+        threading.Thread(target=self._watch, args=(process, loop), name="host-watch", daemon=True).start()
+        return forked
 
-    async def closed(self) -> str:
-        """Answers only when the host has died: the reason."""
-        if self._closed is None:
-            return "was never started"
-        return await asyncio.shield(self._closed)
+    async def ready(self, incarnation: int) -> HostReady:
+        """Answers when a life serves: where. Raises ExpertHostError if it does not come up."""
+        return await asyncio.shield(self._process(incarnation).ready)
 
-    async def describe(self) -> HostReady | None:
-        """What a restarted expert router asks: the host as it was when it became ready, None if it is not."""
-        return self._ready if self._child is not None and self._child.is_alive() else None
+    async def closed(self, incarnation: int) -> str:
+        """Answers only when a life has died: the reason. Raises ExpertHostError if it had died before."""
+        return await asyncio.shield(self._process(incarnation).closed)
 
-    def _host_spec(self, incarnation: int, columns: Sequence[int]) -> dict[str, Any]:
+    async def stop(self, incarnation: int) -> None:
+        """End a life, if it still runs."""
+        if (process := self._processes.get(incarnation)) is not None:
+            process.child.kill()
+
+    async def describe(self) -> tuple[str, list[HostForked | HostReady]]:
+        """What a restarted expert router asks: the host, and its lives that run, the oldest first."""
+        living = [p for _, p in sorted(self._processes.items()) if p.child.is_alive()]
+        return self._host, [p.ready.result() if _has_result(p.ready) else p.forked for p in living]
+
+    def _process(self, incarnation: int) -> _Process:
+        if incarnation not in self._processes:
+            raise ExpertHostError(f"its process is gone (log: {self._log})")
+        return self._processes[incarnation]
+
+    def _host_spec(self, incarnation: int, columns: Sequence[int], threads: int) -> dict[str, Any]:
         """The fields of `folkmoot.experts.host.HostSpec`, which is not imported here since it brings torch."""
         spec = self._spec
         return {
@@ -79,12 +92,15 @@ class ExpertActor:
             "incarnation": incarnation,
             "checkpoint": spec.model_path,
             "experts": as_placement(columns, spec.moe_layers),
-            "unix_path": str(Path(spec.run_dir) / f"{self._host}.sock"),
+            "unix_path": str(self._socket(incarnation)),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
             "device": spec.device,
-            "threads": self._threads,
+            "threads": threads,
         }
+
+    def _socket(self, incarnation: int) -> Path:
+        return Path(self._spec.run_dir) / f"{self._host}.{incarnation}.sock"
 
     def _tcp(self) -> str | None:
         """Where to listen for engines on other nodes; nowhere if there can be none."""
@@ -92,36 +108,61 @@ class ExpertActor:
             return f"{ray.util.get_node_ip_address()}:0"
         return "127.0.0.1:0" if self._spec.transport == "tcp" else None
 
-    def _first_message(self, child: Child) -> dict[str, Any]:
-        """Wait for the host to be ready. Its log says more than the error."""
+    def _watch(self, process: _Process, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread: see a life come up, pass its loads on, and see it die."""
+        child = process.child
         try:
-            message = child.receive(LOAD_TIMEOUT_S)
+            ready = self._first_message(process)
+            loop.call_soon_threadsafe(process.ready.set_result, ready)
+            self._pass_loads_on(child, ready)
+        except ExpertHostError as e:
+            reason = str(e)
+        except EOFError:
+            reason = f"process {child.pid} is gone"
+        except Exception as e:  # a host that talks nonsense is of no use either
+            reason = f"its control channel failed: {e!r}"
+        child.kill()
+        loop.call_soon_threadsafe(self._ended, process, reason)
+
+    def _first_message(self, process: _Process) -> HostReady:
+        """Wait for a life to be ready. Its log says more than the error."""
+        forked = process.forked
+        try:
+            message = process.child.receive(LOAD_TIMEOUT_S)
         except EOFError:
             message = {"message": "it died while loading"}
         if message is None:
             message = {"message": f"it was not ready after {LOAD_TIMEOUT_S:.0f} s"}
         if message.get("event") != "ready":
-            child.kill()
             raise ExpertHostError(f"expert host {self._host}: {message.get('message')} (log: {self._log})")
-        return message
+        return HostReady(
+            self._host,
+            forked.incarnation,
+            HostAddress(**message["address"]),
+            forked.columns,
+            forked.pid,
+            forked.actor_pid,
+            int(message["bytes"]),
+            float(message["load_s"]),
+        )
 
-    def _watch(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread: pass the host's loads on until it dies."""
+    def _pass_loads_on(self, child: Child, ready: HostReady) -> NoReturn:
         router = ray.get_actor(ROUTER, self._spec.namespace)
-        assert self._ready is not None
-        try:
-            while True:
-                message = child.receive()
-                if message is not None and message.get("event") == "load":
-                    counts = int(message["requests"]), int(message["rows"]), float(message["busy_s"])
-                    router.report.remote(HostLoad(self._host, self._ready.incarnation, *counts))
-        except EOFError:
-            reason = f"process {child.pid} is gone"
-        except Exception as e:  # a host that talks nonsense is of no use either
-            child.kill()
-            reason = f"its control channel failed: {e!r}"
-        loop.call_soon_threadsafe(self._set_closed, reason)
+        while True:
+            message = child.receive()
+            if message is not None and message.get("event") == "load":
+                counts = int(message["requests"]), int(message["rows"]), float(message["busy_s"])
+                router.report.remote(HostLoad(self._host, ready.incarnation, *counts))
 
-    def _set_closed(self, reason: str) -> None:
-        if self._closed is not None and not self._closed.done():
-            self._closed.set_result(reason)
+    def _ended(self, process: _Process, reason: str) -> None:
+        """On the event loop: whoever waits hears of it."""
+        self._processes.pop(process.forked.incarnation)
+        self._socket(process.forked.incarnation).unlink(missing_ok=True)
+        if not process.ready.done():
+            process.ready.set_exception(ExpertHostError(reason))
+            process.ready.exception()  # heard by `ready`, or by nobody
+        process.closed.set_result(reason)
+
+
+def _has_result(future: "asyncio.Future[HostReady]") -> bool:
+    return future.done() and future.exception() is None

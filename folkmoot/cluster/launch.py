@@ -38,7 +38,7 @@ GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
-    *("kv_cache_gib", "seed", "transport", "combine"),
+    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host"),
 )
 
 Report = Callable[[str], None]
@@ -78,6 +78,7 @@ class UpOptions:
     """None: where it helps, with one engine on a CPU"""
     cpus_per_host: float = 0.1
     gpus_per_host: float = 0.0
+    max_experts_per_host: int | None = None
     state_dir: Path | None = None
 
 
@@ -183,7 +184,11 @@ class Supervisor:
         if hosts is None and options.experts_per_host is None and shape.num_experts:
             hosts = max(options.replicas, min(2, shape.num_experts))
         return num_hosts_for(
-            shape.num_experts, options.replicas, num_hosts=hosts, experts_per_host=options.experts_per_host
+            shape.num_experts,
+            options.replicas,
+            num_hosts=hosts,
+            experts_per_host=options.experts_per_host,
+            capacity=options.max_experts_per_host,
         )
 
     def _start_warm_parent(self) -> None:

@@ -1,19 +1,20 @@
-"""Placement: which expert host holds a replica of which expert column. Pure functions, no I/O.
+"""Which expert goes on which host: pure functions, no I/O.
 
-An *expert column* is expert e of every MoE layer: the finest unit that is placed. `assign` only ever adds replicas to
-what is held already, so the same function makes the first placement (nothing held) and the one after a loss.
+An *expert column* is expert e of every MoE layer: the finest unit that is placed. `rebalance` starts from what hosts
+hold already and moves as little as it can, so the same function makes the first placement (nothing held), the one
+after a loss, and the one after a change of the number of hosts or replicas.
 
 Example: 4 columns, 2 replicas, hosts a and b on one node, c and d on another: each column gets one host of each node.
 
->>> assign(4, [HostSlot("a", "n1"), HostSlot("b", "n1"), HostSlot("c", "n2"), HostSlot("d", "n2")], 2)
+>>> rebalance([2] * 4, [HostSlot("a", "n1"), HostSlot("b", "n1"), HostSlot("c", "n2"), HostSlot("d", "n2")], {})
 {'a': (0, 2), 'b': (1, 3), 'c': (0, 2), 'd': (1, 3)}
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from folkmoot.experts.expert_map import ExpertMap, placement_of
+from typing import TypeAlias
 
 
 class PlacementError(ValueError):
@@ -22,11 +23,17 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class HostSlot:
-    """An expert host that may be given columns: its name, its node, and how many columns fit (None: any number)."""
+    """A place for an expert host: the host's name, its node (None: Ray has found none yet), and how many columns fit
+    (None: any number)."""
 
     host: str
-    node: str
+    node: str | None
     capacity: int | None = None
+
+
+Held: TypeAlias = dict[str, set[int]]
+Move: TypeAlias = tuple[int, str, str]
+"""A column, from one host, to another."""
 
 
 def num_hosts_for(
@@ -35,10 +42,12 @@ def num_hosts_for(
     *,
     num_hosts: int | None,
     experts_per_host: int | None,
+    capacity: int | None = None,
 ) -> int:
     """How many hosts `--hosts N` or `--experts-per-host K` means; 0 for a dense model.
 
-    Raises PlacementError when a column's replicas would share a host, or when a host would hold nothing.
+    `capacity` is the most columns that fit on a host (None: all). Raises PlacementError when a column's replicas would
+    share a host, when a host would hold nothing, or when they do not fit.
     """
     if num_columns == 0:
         return 0
@@ -63,78 +72,123 @@ def num_hosts_for(
         raise PlacementError(
             f"{num_hosts} expert hosts are more than {num_columns} experts x {replicas} replicas can fill"
         )
+    if capacity is not None and min(capacity, num_columns) * num_hosts < num_columns * replicas:
+        raise PlacementError(
+            f"{num_columns} experts x {replicas} replicas do not fit on {num_hosts} expert hosts with room for "
+            f"{capacity} each: use more hosts, fewer replicas, or a larger --max-experts-per-host"
+        )
     return num_hosts
 
 
-def assign(
-    num_columns: int,
-    hosts: Sequence[HostSlot],
-    replicas: int,
-    held: Mapping[str, Sequence[int]] | None = None,
+def rebalance(
+    wanted: Sequence[int], hosts: Sequence[HostSlot], held: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """The columns to add on each host so that every column has `replicas` replicas, each on another host.
+    """The columns that each host ought to hold: `wanted[c]` replicas of column c, each on another host.
 
-    `held` names the columns that hosts hold already. Where there are several nodes, a column's replicas go to
-    different nodes first; within that, to the host with the most room left (Gale and Ryser's greedy rule, which finds
-    an assignment whenever one exists; the preference for other nodes is dropped where it would not fit).
-
-    Raises PlacementError when the replicas do not fit.
+    `held` names what hosts hold now; what can stay, stays. Where there are several nodes, a column's replicas go to
+    different nodes. Hosts end up level, as far as their room allows. Where not all replicas fit, every column gets its
+    first one before any gets its second; `shortfall` says what is missing.
     """
-    for spread_nodes in (True, False):
-        added = _greedy(num_columns, hosts, replicas, held or {}, spread_nodes)
-        if added is not None:
-            return {host.host: tuple(added[host.host]) for host in hosts}
-    room = sum(num_columns if h.capacity is None else h.capacity for h in hosts)
-    raise PlacementError(
-        f"{num_columns} experts x {replicas} replicas do not fit on {len(hosts)} expert hosts "
-        f"with room for {room} in all, each replica of an expert on another host"
+    kept = _without_surplus(wanted, hosts, held)
+    chosen = (
+        _fill(wanted, hosts, kept, spread_nodes=True)
+        or _fill(wanted, hosts, kept, spread_nodes=False)
+        or _fill_in_rounds(wanted, hosts, kept)
     )
+    while move := _spreading_move(hosts, chosen) or _levelling_move(hosts, chosen):
+        column, source, destination = move
+        chosen[source].remove(column)
+        chosen[destination].add(column)
+    return {host.host: tuple(sorted(chosen[host.host])) for host in hosts}
 
 
-def _greedy(
-    num_columns: int,
-    hosts: Sequence[HostSlot],
-    replicas: int,
-    held: Mapping[str, Sequence[int]],
-    spread_nodes: bool,
-) -> dict[str, list[int]] | None:
-    """One pass over the columns; None if one of them finds too few hosts with room."""
-    room = {h.host: (num_columns if h.capacity is None else h.capacity) - len(held.get(h.host, ())) for h in hosts}
-    added: dict[str, list[int]] = {h.host: [] for h in hosts}
-    order = {h.host: i for i, h in enumerate(hosts)}
+def shortfall(wanted: Sequence[int], placed: Mapping[str, Sequence[int]]) -> dict[int, int]:
+    """How many replicas each column lacks, of those that lack any."""
+    have = Counter(column for columns in placed.values() for column in columns)
+    return {column: n - have[column] for column, n in enumerate(wanted) if have[column] < n}
 
-    def preference(host: HostSlot, nodes_used: dict[str, int]) -> tuple[int, int, int]:
-        return (
-            nodes_used.get(host.node, 0) if spread_nodes else 0,
-            -room[host.host],
-            order[host.host],
-        )
 
-    for column in range(num_columns):
-        holders = [h for h in hosts if column in held.get(h.host, ())]
-        nodes_used: dict[str, int] = {}
-        for h in holders:
-            nodes_used[h.node] = nodes_used.get(h.node, 0) + 1
-        free = [h for h in hosts if h not in holders and room[h.host] > 0]
-        for _ in range(replicas - len(holders)):
-            if not free:
+def _without_surplus(wanted: Sequence[int], hosts: Sequence[HostSlot], held: Mapping[str, Sequence[int]]) -> Held:
+    """What stays of `held`: no host above its capacity, no column above its number; the fullest hosts give first."""
+    kept = {h.host: set(held.get(h.host, ())[: h.capacity]) for h in hosts}
+    for column, limit in enumerate(wanted):
+        holders = [h for h in hosts if column in kept[h.host]]
+        while len(holders) > limit:
+            on_node = Counter(h.node for h in holders)
+            giver = max(holders, key=lambda h: (on_node[h.node], len(kept[h.host])))
+            kept[giver.host].remove(column)
+            holders.remove(giver)
+    return kept
+
+
+def _fill(wanted: Sequence[int], hosts: Sequence[HostSlot], kept: Held, *, spread_nodes: bool) -> Held | None:
+    """Add what is missing, a column at a time, to the hosts with the most room (Gale and Ryser's greedy rule, which
+    finds an assignment whenever one exists, unless it must prefer other nodes); None if it does not fit."""
+    chosen = {host: set(columns) for host, columns in kept.items()}
+    for column, number in enumerate(wanted):
+        while sum(column in columns for columns in chosen.values()) < number:
+            if not _add(column, len(wanted), hosts, chosen, spread_nodes):
                 return None
-            chosen = min(free, key=lambda h: preference(h, nodes_used))
-            free.remove(chosen)
-            added[chosen.host].append(column)
-            room[chosen.host] -= 1
-            nodes_used[chosen.node] = nodes_used.get(chosen.node, 0) + 1
-    return added
+    return chosen
 
 
-def columns_held(expert_map: ExpertMap) -> dict[str, tuple[int, ...]]:
-    """The columns that each host of the map holds in every MoE layer."""
-    columns: dict[str, tuple[int, ...]] = {}
-    for host in expert_map.hosts:
-        by_layer = [set(by_expert) for by_expert in placement_of(expert_map, host).values()]
-        whole = set.intersection(*by_layer) if len(by_layer) == len(expert_map.layers) and by_layer else set()
-        columns[host] = tuple(sorted(whole))
-    return columns
+def _fill_in_rounds(wanted: Sequence[int], hosts: Sequence[HostSlot], kept: Held) -> Held:
+    """As many as fit: first replicas first."""
+    chosen = {host: set(columns) for host, columns in kept.items()}
+    for least in range(1, max(wanted, default=0) + 1):
+        for column, number in enumerate(wanted):
+            if sum(column in columns for columns in chosen.values()) < min(least, number):
+                _add(column, len(wanted), hosts, chosen, spread_nodes=True)
+    return chosen
+
+
+def _add(column: int, num_columns: int, hosts: Sequence[HostSlot], chosen: Held, spread_nodes: bool) -> bool:
+    """Add one replica of a column to the best host; False if none has room."""
+    free = [h for h in hosts if column not in chosen[h.host] and _room(h, num_columns, chosen) > 0]
+    if not free:
+        return False
+    on_node = Counter(h.node for h in hosts if column in chosen[h.host]) if spread_nodes else Counter()
+    best = min(free, key=lambda h: (on_node[h.node], -_room(h, num_columns, chosen)))
+    chosen[best.host].add(column)
+    return True
+
+
+def _room(host: HostSlot, num_columns: int, chosen: Held) -> int:
+    return (num_columns if host.capacity is None else host.capacity) - len(chosen[host.host])
+
+
+def _spreading_move(hosts: Sequence[HostSlot], chosen: Held) -> Move | None:
+    """A move after which a column's replicas are on one more node."""
+    if len({h.node for h in hosts}) == 1:
+        return None
+    for column in sorted(set().union(*chosen.values())):
+        on_node = Counter(h.node for h in hosts if column in chosen[h.host])
+        crowded = [h for h in hosts if column in chosen[h.host] and on_node[h.node] > 1]
+        free = [h for h in hosts if not on_node[h.node] and _has_room(h, chosen)]
+        if crowded and free:
+            source = max(crowded, key=lambda h: len(chosen[h.host]))
+            return column, source.host, min(free, key=lambda h: len(chosen[h.host])).host
+    return None
+
+
+def _levelling_move(hosts: Sequence[HostSlot], chosen: Held) -> Move | None:
+    """A move from a host to one with at least two columns fewer, that leaves no column on fewer nodes."""
+    by_load = sorted(hosts, key=lambda h: len(chosen[h.host]))
+    for source in reversed(by_load):
+        for destination in by_load:
+            if len(chosen[source.host]) - len(chosen[destination.host]) < 2:
+                break
+            if not _has_room(destination, chosen):
+                continue
+            for column in sorted(chosen[source.host] - chosen[destination.host]):
+                nodes = Counter(h.node for h in hosts if column in chosen[h.host])
+                if source.node == destination.node or nodes[source.node] > 1 or not nodes[destination.node]:
+                    return column, source.host, destination.host
+    return None
+
+
+def _has_room(host: HostSlot, chosen: Held) -> bool:
+    return host.capacity is None or len(chosen[host.host]) < host.capacity
 
 
 def as_placement(columns: Sequence[int], moe_layers: Sequence[int]) -> dict[int, list[int]]:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from folkmoot.cluster.spec import ROUTER, ClusterSpec, expert_actor_name
+from folkmoot.cluster.spec import ROUTER, ClusterSpec
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing but control messages goes through Ray, and this is about the least that it takes."""
@@ -112,12 +112,14 @@ def _remove_ours(spec: ClusterSpec) -> None:
     from ray import serve
     from ray.util.placement_group import remove_placement_group
 
+    from folkmoot.cluster.ray_slots import groups_of
+
     with contextlib.suppress(Exception):
         serve.delete(spec.app)
-    names = [ROUTER, *(expert_actor_name(f"host-{i}") for i in range(spec.hosts))]
-    names += [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == spec.namespace]
-    for name in dict.fromkeys(names):
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == spec.namespace]
+    for name in sorted(names, key=lambda name: name != ROUTER):  # the router first, or it starts others again
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, spec.namespace))
-    with contextlib.suppress(ValueError):
-        remove_placement_group(ray.util.get_placement_group(f"experts-{spec.namespace}"))
+    for name in list(groups_of(spec)):
+        with contextlib.suppress(ValueError):
+            remove_placement_group(ray.util.get_placement_group(name))

@@ -1,8 +1,9 @@
-"""The expert router: a named Ray actor that owns the expert map. A thin shell around `router_state`.
+"""The expert router: a named Ray actor that owns the expert map. A thin shell around `router_events` and `router_plan`.
 
-It starts expert actors on a placement group, watches them, and lets engines wait for new maps. No token passes through
-it: engines go on with the map they have while it is away, and since expert actors are detached and named, none of
-them dies with it. A restarted router asks them what they hold and counts its map's version on from what engines have.
+It starts expert actors on placement groups, watches them, starts again what dies, and lets engines wait for new maps.
+No token passes through it: engines go on with the map they have while it is away, and since expert actors are detached
+and named, none of them dies with it. A restarted router reads its wish from the store, asks the actors what they hold,
+and counts its map's version on from what engines have.
 """
 
 import asyncio
@@ -10,42 +11,49 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import time
-from collections import Counter
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from folkmoot.cluster.expert_actor import ExpertActor
-from folkmoot.cluster.placement import HostSlot, PlacementError
-from folkmoot.cluster.router_state import (
+from folkmoot.cluster.ray_slots import RaySlots
+from folkmoot.cluster.router_events import (
     EngineReported,
     Event,
     HostDied,
-    HostReaped,
-    HostsOffered,
+    HostLoad,
+    HostReady,
+    HostRemoved,
     HostStarting,
-    ReapHost,
-    StartHost,
-    VersionSeen,
+    HostStopped,
+    MapSeen,
+    SlotsSeen,
+    Tick,
+    Wished,
     apply,
-    initial,
-    plan,
 )
-from folkmoot.cluster.spec import ClusterSpec, expert_actor_name
+from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
+from folkmoot.cluster.router_state import initial
+from folkmoot.cluster.spec import ClusterSpec, expert_actor_prefix
 from folkmoot.cluster.status import document
+from folkmoot.cluster.wish import Wish
+from folkmoot.cluster.wish_store import WishStore
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.store import Store
 
 log = logging.getLogger(__name__)
 
-GROUP_TIMEOUT_S = 60
+TICK_S = 0.25
+LOOK_EVERY_S = 2.0
 STATUS_EVERY_S = 1.0
 STATUS_TTL_S = 10.0
+DESCRIBE_TIMEOUT_S = 5.0
+QUIET = (Tick, MapSeen, EngineReported, HostLoad)
+"""Events that come all the time, and are not logged."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
@@ -55,18 +63,20 @@ class ExpertRouter:
     async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s router %(levelname)s %(message)s")
         self._spec = spec
-        self._state = initial(spec.moe_layers, spec.num_experts, spec.replicas)
+        self._store = Store(spec.redis, spec.store_namespace)
+        self._wishes = WishStore(self._store, spec)
+        self._state = initial(spec.moe_layers, spec.num_experts, first_wish(spec))
         self._changed = asyncio.Condition()
-        self._group: PlacementGroup | None = None
-        self._bundles: dict[str, int] = {}
-        self._host_threads: dict[str, int] = {}
+        self._slots = RaySlots(spec)
+        self._actors: dict[str, Any] = {}
         self._error: str | None = None
-        self._tasks = [asyncio.create_task(self._begin()), asyncio.create_task(self._publish_status())]
+        self._tasks: set[asyncio.Task[None]] = set()
+        for work in (self._run(), self._publish_status()):
+            self._keep(work)
 
-    async def wait_for_map(self, known_version: int, timeout_s: float = 20.0) -> str | None:
+    async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
         """The expert map as JSON once there is a newer one than `known_version` (-1: none); None after the time-out."""
-        if known_version >= 0:
-            await self.report(VersionSeen(known_version))
+        await self.report(MapSeen(engine, known_version))
 
         def is_news() -> bool:
             return self._state.is_publishable and self._state.expert_map.version > known_version
@@ -81,14 +91,13 @@ class ExpertRouter:
     async def report(self, event: Event) -> None:
         """Take an event into the state, and do what the new state demands."""
         before = self._state
-        self._state = apply(event, before)
-        if self._state is before:
-            return
-        if not isinstance(event, EngineReported):
+        self._state = apply(event, apply(Tick(time.time()), before))
+        if not isinstance(event, QUIET):
             log.info("%s", event)
         self._act()
-        async with self._changed:
-            self._changed.notify_all()
+        if self._state.expert_map.version != before.expert_map.version or not before.is_publishable:
+            async with self._changed:
+                self._changed.notify_all()
 
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
@@ -98,98 +107,120 @@ class ExpertRouter:
         """This actor's process."""
         return os.getpid()
 
-    async def _begin(self) -> None:
-        """Reserve slots, find the actors that live from before, and place what is missing."""
-        if self._spec.hosts == 0:
-            return
-        try:
-            slots = await self._slots()
-            for slot in slots:
-                await self._find(slot.host)
-            # Incarnations that start from the clock are larger than any of a former router.
-            await self.report(HostsOffered(slots, since=int(time.time())))
-        except Exception as e:
-            log.exception("expert hosts could not be placed")
-            self._error = f"expert hosts could not be placed: {e}"
+    async def _run(self) -> None:
+        """Find what lives from before, then look around for ever: slots come and go, and time passes."""
+        await self._remember()
+        await self._find_hosts()
+        looked_s = -LOOK_EVERY_S
+        while True:
+            try:
+                if self._spec.hosts and time.monotonic() - looked_s > LOOK_EVERY_S:
+                    looked_s = time.monotonic()
+                    slots = await asyncio.to_thread(self._slots.look, self._state.wish)
+                    await self.report(SlotsSeen(slots))
+                    self._error = None
+                else:
+                    await self.report(Tick(time.time()))
+            except Exception as e:
+                log.exception("looking around failed")
+                self._error = f"the expert router cannot place hosts: {type(e).__name__}: {e}"
+            await asyncio.sleep(TICK_S)
 
-    async def _slots(self) -> tuple[HostSlot, ...]:
-        """One slot for each bundle of the placement group, which is made at the first start."""
-        spec, name = self._spec, f"experts-{self._spec.namespace}"
-        try:
-            group = ray.util.get_placement_group(name)
-        except ValueError:
-            bundle = {"CPU": spec.host_cpus, **({"GPU": spec.host_gpus} if spec.host_gpus else {})}
-            bundles = [dict(bundle) for _ in range(spec.hosts)]
-            group = placement_group(bundles, spec.placement.upper(), name=name, lifetime="detached")
-        if not await asyncio.to_thread(group.wait, GROUP_TIMEOUT_S):
-            raise PlacementError(
-                f"Ray has not {spec.hosts} x {group.bundle_specs[0]} free (waited {GROUP_TIMEOUT_S} s)"
-            )
-        self._group = group
-        nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-        cores = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes()}
-        sharing = Counter(nodes.values())
-        self._bundles = {f"host-{i}": i for i in nodes}
-        for host, i in self._bundles.items():
-            physical = os.cpu_count() or 1 if len(cores) == 1 else int(cores[nodes[i]])
-            self._host_threads[host] = max(1, physical // sharing[nodes[i]])
-        return tuple(HostSlot(f"host-{i}", nodes[i]) for i in sorted(nodes))
+    async def _remember(self) -> None:
+        """The wish of a former life of this router, if there was one."""
+        if (wish := await self._wishes.load()) is not None:
+            await self.report(Wished(wish))
 
-    async def _find(self, host: str) -> None:
-        """After a restart: take over a host whose actor lives."""
+    async def _find_hosts(self) -> None:
+        """After a restart: take over the hosts whose actors live."""
+        named = await asyncio.to_thread(ray.util.list_named_actors, True)
+        ours = [a["name"] for a in named if a["namespace"] == self._spec.namespace]
+        await asyncio.gather(*(self._find(name) for name in ours if name.startswith(expert_actor_prefix())))
+
+    async def _find(self, name: str) -> None:
         try:
-            actor = ray.get_actor(expert_actor_name(host), self._spec.namespace)
-            ready = await actor.describe.remote()
-        except (ValueError, RayError):
+            actor = ray.get_actor(name, self._spec.namespace)
+            host, lives = await asyncio.wait_for(actor.describe.remote(), DESCRIBE_TIMEOUT_S)
+        except (ValueError, RayError, TimeoutError) as e:
+            log.warning("%s does not answer: %s", name, e)
             return
-        if ready is None:
-            ray.kill(actor)
-            return
-        await self.report(ready)
-        self._tasks.append(asyncio.create_task(self._watch(actor, ready.host, ready.incarnation)))
+        self._actors[host] = actor
+        for life in lives:
+            await self.report(life)
+            self._keep(self._follow(actor, host, life.incarnation))
 
     def _act(self) -> None:
         """Carry out what is planned until nothing is. Each action changes the state at once, so none is begun twice."""
         while actions := plan(self._state):
             match actions[0]:
                 case StartHost(host, incarnation, columns):
-                    self._state = apply(HostStarting(host, incarnation), self._state)
-                    self._tasks.append(asyncio.create_task(self._start_host(host, incarnation, columns)))
-                case ReapHost(host, incarnation):
-                    self._state = apply(HostReaped(host, incarnation), self._state)
-                    with contextlib.suppress(ValueError, RayError):  # it may be gone already
-                        ray.kill(ray.get_actor(expert_actor_name(host), self._spec.namespace))
+                    self._state = apply(HostStarting(host, incarnation, columns), self._state)
+                    self._keep(self._start_host(host, incarnation, columns))
+                case StopHost(host, incarnation):
+                    self._state = apply(HostStopped(host, incarnation), self._state)
+                    if (actor := self._actors.get(host)) is not None:
+                        actor.stop.remote(incarnation)
+                case RemoveHost(host):
+                    self._state = apply(HostRemoved(host), self._state)
+                    self._end_actor(host)
+                    self._keep(asyncio.to_thread(self._slots.give_back, host, self._state.wish))
 
     async def _start_host(self, host: str, incarnation: int, columns: tuple[int, ...]) -> None:
-        spec = self._spec
+        actor = None
         try:
-            actor = ExpertActor.options(  # type: ignore[attr-defined]
-                name=expert_actor_name(host),
-                namespace=spec.namespace,
-                lifetime="detached",
-                num_cpus=spec.host_cpus,
-                num_gpus=spec.host_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, self._bundles[host]),
-            ).remote(spec, host, self._host_threads[host])
-            ready = await actor.start.remote(incarnation, columns)
+            threads = await asyncio.to_thread(self._slots.threads, host)
+            actor = self._actor(host)
+            await self.report(await actor.start.remote(incarnation, columns, threads))
         except Exception as e:
-            cause = getattr(e, "cause", None) or e
-            await self.report(HostDied(host, incarnation, str(cause)))
+            await self._failed(actor, host, incarnation, e)
             return
-        await self.report(ready)
-        await self._watch(actor, host, incarnation)
+        await self._follow(actor, host, incarnation)
 
-    async def _watch(self, actor: Any, host: str, incarnation: int) -> None:
-        """Wait for the end of a host, or of its actor."""
+    async def _follow(self, actor: Any, host: str, incarnation: int) -> None:
+        """A life from its fork to its end."""
         try:
-            reason = await actor.closed.remote()
-        except RayError as e:
-            reason = f"its actor died ({type(e).__name__})"
+            ready: HostReady = await actor.ready.remote(incarnation)
+            await self.report(ready)
+            reason = await actor.closed.remote(incarnation)
+        except Exception as e:
+            await self._failed(actor, host, incarnation, e)
+            return
         await self.report(HostDied(host, incarnation, reason))
+
+    async def _failed(self, actor: Any, host: str, incarnation: int, error: Exception) -> None:
+        """A life that did not come up, or was lost with its actor."""
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # the actor, not what it raised
+            reason = f"its actor died ({type(error).__name__})"
+            if self._actors.get(host) is actor:
+                self._end_actor(host)
+        else:
+            reason = str(getattr(error, "cause", None) or error)
+        await self.report(HostDied(host, incarnation, reason))
+
+    def _actor(self, host: str) -> Any:
+        """The host's actor; a new one where there is none."""
+        if host not in self._actors:
+            self._actors[host] = ExpertActor.options(  # type: ignore[attr-defined]
+                name=f"{expert_actor_prefix(host)}{secrets.token_hex(4)}",
+                namespace=self._spec.namespace,
+                lifetime="detached",
+                **self._slots.actor_options(host),
+            ).remote(self._spec, host)
+        return self._actors[host]
+
+    def _end_actor(self, host: str) -> None:
+        if (actor := self._actors.pop(host, None)) is not None:
+            with contextlib.suppress(ValueError, RayError):  # it may be gone already
+                ray.kill(actor)
+
+    def _keep(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _publish_status(self) -> None:
         """Write the status document where gateways find it. It expires by itself when the router is gone."""
-        queue = RequestQueue(Store(self._spec.redis, self._spec.store_namespace))
+        queue = RequestQueue(self._store)
         while True:
             text = json.dumps(await self.status())
             try:
@@ -197,3 +228,8 @@ class ExpertRouter:
             except StoreError as e:
                 log.warning("the status could not be written: %s", e)
             await asyncio.sleep(STATUS_EVERY_S)
+
+
+def first_wish(spec: ClusterSpec) -> Wish:
+    """What `folkmoot up` asked for."""
+    return Wish(spec.replicas, spec.engines, (spec.hosts,) if spec.hosts else ())

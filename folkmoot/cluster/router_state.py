@@ -1,41 +1,60 @@
-"""What the expert router knows, as pure data: state changes only through `apply`, decisions come only from `plan`.
+"""What the expert router knows, as pure data: hosts, engines, the expert map, and what is wished for.
 
     event -> apply(event, state) -> state -> plan(state) -> actions -> (the Ray actor carries them out) -> events
 
-Nothing here does I/O or reads a clock, so all of it is tested without a cluster. The Ray actor in `router.py` is a
-thin shell around these two functions.
+`apply` is in router_events.py, `plan` in router_plan.py. Nothing here does I/O or reads a clock: time enters as the
+event `Tick`. So all of it is tested without a cluster, and the Ray actor in router.py is a thin shell around it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
-from folkmoot.cluster.placement import HostSlot, as_placement, assign
+from folkmoot.cluster.placement import HostSlot
+from folkmoot.cluster.wish import Wish
 from folkmoot.experts import expert_map as maps
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 
+QUARANTINE_AFTER = 3
+"""A host that has failed so often in a row is in quarantine: its columns go elsewhere until it may try again."""
+BACKOFF_S, BACKOFF_FACTOR, BACKOFF_MAX_S = 1.0, 4.0, 60.0
+HEALTHY_S = 60.0
+"""Failures are forgotten after so long in service."""
+PLACE_WAIT_S = 10.0
+"""How long a host waits for Ray before its columns go elsewhere."""
+ENGINE_SILENT_S = 60.0
+"""An engine that has not asked for a map for so long is gone."""
+
 
 class Phase(StrEnum):
-    """Where an expert host is in its life."""
+    """Where one life of an expert host is. Only a READY one is in the map."""
 
-    WANTED = "wanted"
     STARTING = "starting"
+    """its actor has been asked to fork it"""
+    LOADING = "loading"
+    LOADED = "loaded"
+    """it listens, and waits to take its predecessor's place in the map"""
     READY = "ready"
+    DRAINING = "draining"
+    """out of the map: it finishes what engines have sent"""
     DEAD = "dead"
-    REAPED = "reaped"
+    """given up; what may be left of it is to be cleared away"""
+
+
+PENDING = (Phase.STARTING, Phase.LOADING, Phase.LOADED)
 
 
 @dataclass(frozen=True)
-class HostState:
-    """One expert host: what it holds, and where it is in its life. `bytes` counts its experts' weights."""
+class Life:
+    """One process of an expert host, from its start to its end. What it holds never changes; `bytes` of weights."""
 
-    host: str
-    node: str
+    incarnation: int
     columns: tuple[int, ...]
-    phase: Phase = Phase.WANTED
-    incarnation: int = 0
+    phase: Phase = Phase.STARTING
+    since_s: float = 0.0
+    """when it entered this phase"""
     pid: int | None = None
     actor_pid: int | None = None
     address: HostAddress | None = None
@@ -44,22 +63,74 @@ class HostState:
     requests: int = 0
     rows: int = 0
     busy_s: float = 0.0
+    out_version: int = 0
+    """where DRAINING: the first map version without it"""
+
+
+@dataclass(frozen=True)
+class HostState:
+    """One expert host: its place, the columns it ought to hold, and its lives, the oldest first.
+
+    Usually there is one life; for a while two, when a successor with other columns takes over.
+    """
+
+    host: str
+    node: str | None = None
+    capacity: int | None = None
+    waiting_since_s: float = 0.0
+    """where `node` is None: since when Ray has had no room for it"""
+    columns: tuple[int, ...] = ()
+    lives: tuple[Life, ...] = ()
+    incarnation: int = 0
+    """the largest that was ever given to a life"""
+    failures: int = 0
+    """deaths in a row, without HEALTHY_S in service between them"""
+    not_before_s: float = 0.0
+    """no new life before then"""
     reason: str | None = None
+    """why the last life ended, until another one is in service"""
 
     @property
-    def is_gone(self) -> bool:
-        """Whether this incarnation is dead for good."""
-        return self.phase in (Phase.DEAD, Phase.REAPED)
+    def serving(self) -> Life | None:
+        """The life that is in the map."""
+        return next((life for life in self.lives if life.phase is Phase.READY), None)
+
+    @property
+    def pending(self) -> Life | None:
+        """The life that is on its way into the map."""
+        return next((life for life in self.lives if life.phase in PENDING), None)
+
+    @property
+    def slot(self) -> HostSlot:
+        """As placement sees it."""
+        return HostSlot(self.host, self.node, self.capacity)
+
+    def life(self, incarnation: int) -> Life | None:
+        """The life of this incarnation, if it is known."""
+        return next((life for life in self.lives if life.incarnation == incarnation), None)
+
+    def is_quarantined(self, now_s: float) -> bool:
+        """Whether it failed so often that nothing is expected of it for now."""
+        return self.failures >= QUARANTINE_AFTER and now_s < self.not_before_s
+
+    def is_usable(self, now_s: float) -> bool:
+        """Whether it may be counted on: it has a node that answers, and is not in quarantine."""
+        stuck = self.pending is not None and self.pending.phase is Phase.STARTING and self.serving is None
+        waits_s = now_s - self.pending.since_s if stuck and self.pending else 0.0
+        return self.node is not None and waits_s <= PLACE_WAIT_S and not self.is_quarantined(now_s)
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """One engine as it last reported: `phase` is "loading", "ready" or "dead", `info` goes to the status as it is."""
+    """One engine as it last reported: `phase` is "loading", "ready", "stopping" or "dead"; `info` goes to the status.
+    `version` is of the expert map it has, -1 before the first."""
 
     engine: str
     phase: str = "loading"
     pid: int | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    version: int = -1
+    seen_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,232 +139,56 @@ class RouterState:
 
     moe_layers: tuple[int, ...]
     num_columns: int
-    replicas: int
+    wish: Wish
     expert_map: ExpertMap
     hosts: Mapping[str, HostState] = field(default_factory=lambda: MappingProxyType({}))
     engines: Mapping[str, EngineState] = field(default_factory=lambda: MappingProxyType({}))
+    now_s: float = 0.0
+    has_slots: bool = False
+    """whether it has looked around after its start; before, nothing is begun and nothing published"""
+    was_complete: bool = False
+    """whether every expert ever had a replica: from then on engines see every map, before only a complete one"""
+    placed_for: tuple[tuple[int, ...], tuple[HostSlot, ...]] | None = None
+    """what the hosts' columns were computed for"""
 
     @property
-    def is_settled(self) -> bool:
-        """Whether every host that was wanted is up or given up."""
-        return all(h.phase not in (Phase.WANTED, Phase.STARTING) for h in self.hosts.values())
+    def wanted(self) -> tuple[int, ...]:
+        """Replicas wanted of each column."""
+        return self.wish.wanted(self.num_columns)
 
     @property
     def is_publishable(self) -> bool:
-        """Whether engines should see the map: it is complete, or as complete as it gets for now."""
-        placed = bool(self.hosts) or self.num_columns == 0
-        return placed and (self.is_settled or not maps.missing(self.expert_map))
+        """Whether engines should see the map."""
+        return self.num_columns == 0 or (self.has_slots and self.was_complete)
+
+    @property
+    def leaving(self) -> tuple[HostState, ...]:
+        """Hosts that are no longer wanted."""
+        wanted = set(self.wish.open_hosts)
+        return tuple(h for h in self.hosts.values() if h.host not in wanted)
+
+    def live(self, column: int) -> tuple[str, ...]:
+        """The hosts that serve a column now."""
+        return tuple(h.host for h in self.hosts.values() if h.serving is not None and column in h.serving.columns)
 
 
-def initial(moe_layers: tuple[int, ...], num_columns: int, replicas: int) -> RouterState:
+def initial(moe_layers: tuple[int, ...], num_columns: int, wish: Wish) -> RouterState:
     """A router that has placed nothing yet."""
-    return RouterState(moe_layers, num_columns, replicas, maps.empty(moe_layers, num_columns))
+    return RouterState(moe_layers, num_columns, wish, maps.empty(moe_layers, num_columns))
 
 
-# Events: what happened, told by expert actors, engines, or the router's own shell.
+def with_host(state: RouterState, host: HostState) -> RouterState:
+    """The state with one host replaced or added."""
+    return replace(state, hosts=MappingProxyType({**state.hosts, host.host: host}))
 
 
-@dataclass(frozen=True)
-class HostsOffered:
-    """There are slots for expert hosts: place what the map lacks on them. Incarnations will be above `since`."""
-
-    slots: tuple[HostSlot, ...]
-    since: int = 0
-
-
-@dataclass(frozen=True)
-class HostStarting:
-    """The actor of a host has been asked to start it."""
-
-    host: str
-    incarnation: int
+def with_life(state: RouterState, host: HostState, life: Life) -> RouterState:
+    """The state with one life of a host replaced, or added as its youngest."""
+    others = tuple(other for other in host.lives if other.incarnation != life.incarnation)
+    lives = tuple(sorted((*others, life), key=lambda one: one.incarnation))
+    return with_host(state, replace(host, lives=lives, incarnation=max(host.incarnation, life.incarnation)))
 
 
-@dataclass(frozen=True)
-class HostReady:
-    """A host has loaded its experts and listens. `columns` is what it holds (a restarted router learns it here)."""
-
-    host: str
-    incarnation: int
-    address: HostAddress
-    columns: tuple[int, ...]
-    pid: int
-    actor_pid: int
-    bytes: int = 0
-    load_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class HostDied:
-    """A host is gone, or never came up. One of a former incarnation is news of the past, and changes nothing."""
-
-    host: str
-    incarnation: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class HostReaped:
-    """What was left of a dead host (its actor) has been cleared away."""
-
-    host: str
-    incarnation: int
-
-
-@dataclass(frozen=True)
-class HostLoad:
-    """What a host has done since its start: requests, rows, and seconds spent computing."""
-
-    host: str
-    incarnation: int
-    requests: int
-    rows: int
-    busy_s: float
-
-
-@dataclass(frozen=True)
-class EngineReported:
-    """An engine's own account of itself."""
-
-    engine: str
-    phase: str
-    pid: int | None = None
-    info: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class VersionSeen:
-    """An engine has a map of this version. A restarted router counts on from there, so that versions only grow."""
-
-    version: int
-
-
-Event: TypeAlias = (
-    HostsOffered | HostStarting | HostReady | HostDied | HostReaped | HostLoad | EngineReported | VersionSeen
-)
-
-
-def apply(event: Event, state: RouterState) -> RouterState:
-    """The state after an event. Events about unknown hosts or former incarnations leave it as it is."""
-    match event:
-        case HostsOffered(slots, since):
-            return _offer(slots, since, state)
-        case HostStarting(host, incarnation):
-            if host not in state.hosts or state.hosts[host].phase is not Phase.WANTED:
-                return state
-            return _set_host(state, host, phase=Phase.STARTING, incarnation=incarnation)
-        case HostReady():
-            return _ready(event, state)
-        case HostDied(host, incarnation, reason):
-            return _died(host, incarnation, reason, state)
-        case HostReaped(host, incarnation):
-            if not _is_current(state, host, incarnation) or state.hosts[host].phase is not Phase.DEAD:
-                return state
-            return _set_host(state, host, phase=Phase.REAPED)
-        case HostLoad(host, incarnation, requests, rows, busy_s):
-            if not _is_current(state, host, incarnation):
-                return state
-            return _set_host(state, host, requests=requests, rows=rows, busy_s=busy_s)
-        case EngineReported(engine, phase, pid, info):
-            engines = {**state.engines, engine: EngineState(engine, phase, pid, info)}
-            return replace(state, engines=MappingProxyType(engines))
-        case VersionSeen(version):
-            if version <= state.expert_map.version:
-                return state
-            return replace(state, expert_map=replace(state.expert_map, version=version + 1))
-
-
-def _offer(slots: tuple[HostSlot, ...], since: int, state: RouterState) -> RouterState:
-    """Place the columns that lack replicas on the slots; a slot that is known already keeps what it has."""
-    held = {h.host: h.columns for h in state.hosts.values() if not h.is_gone}
-    added = assign(state.num_columns, slots, state.replicas, held)
-    new = {
-        slot.host: HostState(slot.host, slot.node, added[slot.host], incarnation=since)
-        for slot in slots
-        if slot.host not in state.hosts and added[slot.host]
-    }
-    return replace(state, hosts=MappingProxyType({**state.hosts, **new}))
-
-
-def _ready(event: HostReady, state: RouterState) -> RouterState:
-    known = state.hosts.get(event.host)
-    if known is not None and (event.incarnation, False) < (
-        known.incarnation,
-        known.is_gone,
-    ):
-        return state
-    host = HostState(
-        event.host,
-        known.node if known else event.address.node,
-        event.columns,
-        Phase.READY,
-        event.incarnation,
-        event.pid,
-        event.actor_pid,
-        event.address,
-        event.bytes,
-        event.load_s,
-    )
-    placement = as_placement(event.columns, state.moe_layers)
-    expert_map = maps.add_host(state.expert_map, event.address, placement)
-    return replace(
-        state,
-        expert_map=expert_map,
-        hosts=MappingProxyType({**state.hosts, event.host: host}),
-    )
-
-
-def _died(host: str, incarnation: int, reason: str, state: RouterState) -> RouterState:
-    if not _is_current(state, host, incarnation) or state.hosts[host].is_gone:
-        return state
-    state = _set_host(state, host, phase=Phase.DEAD, reason=reason)
-    if host not in state.expert_map.hosts:
-        return state
-    return replace(state, expert_map=maps.remove_host(state.expert_map, host))
-
-
-def _is_current(state: RouterState, host: str, incarnation: int) -> bool:
-    return host in state.hosts and state.hosts[host].incarnation == incarnation
-
-
-def _set_host(state: RouterState, host: str, **changes: Any) -> RouterState:
-    changed = replace(state.hosts[host], **changes)
-    return replace(state, hosts=MappingProxyType({**state.hosts, host: changed}))
-
-
-# Actions: what the shell must do now. It answers each with an event.
-
-
-@dataclass(frozen=True)
-class StartHost:
-    """Ask the host's actor to start it with these columns. Answer: HostStarting, then HostReady or HostDied."""
-
-    host: str
-    incarnation: int
-    columns: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ReapHost:
-    """Clear away the actor of a dead host, so that what it reserved is free. Answer: HostReaped."""
-
-    host: str
-    incarnation: int
-
-
-Action: TypeAlias = StartHost | ReapHost
-
-
-def plan(state: RouterState) -> tuple[Action, ...]:
-    """What has to be done in this state. Bringing lost replicas back will be one more rule in this list."""
-    return (*_start_wanted(state), *_reap_dead(state))
-
-
-def _start_wanted(state: RouterState) -> tuple[Action, ...]:
-    return tuple(
-        StartHost(h.host, h.incarnation + 1, h.columns) for h in state.hosts.values() if h.phase is Phase.WANTED
-    )
-
-
-def _reap_dead(state: RouterState) -> tuple[Action, ...]:
-    return tuple(ReapHost(h.host, h.incarnation) for h in state.hosts.values() if h.phase is Phase.DEAD)
+def back_off_s(failures: int) -> float:
+    """How long a host waits after so many failures in a row: not at all after the first, then longer each time."""
+    return 0.0 if failures <= 1 else min(BACKOFF_MAX_S, BACKOFF_S * BACKOFF_FACTOR ** min(failures - 2, 10))

@@ -46,6 +46,8 @@ class ClusterSpec:
     host_cpus: float = 0.1
     """share of a CPU that Ray reserves for one expert host; a reservation, not a limit"""
     host_gpus: float = 0.0
+    max_experts_per_host: int | None = None
+    """no host is ever given more; None: any number"""
     engine_cpus: float = 0.1
     engine_gpus: float = 0.0
     grace_s: float = 10.0
@@ -80,6 +82,11 @@ class ClusterSpec:
         return asdict(self)
 
 
-def expert_actor_name(host: str) -> str:
-    """Name of the Ray actor that owns an expert host."""
-    return f"expert-{host}"
+def expert_actor_prefix(host: str = "") -> str:
+    """What the names of Ray actors that own an expert host begin with. A name is never used twice."""
+    return f"expert-{host}/" if host else "expert-"
+
+
+def group_name(spec: ClusterSpec, group: int) -> str:
+    """Name of the placement group that keeps room for expert hosts."""
+    return f"experts-{spec.namespace}" + (f".{group}" if group else "")

@@ -1,9 +1,11 @@
 """The cluster's status document: what the router knows, as JSON data that gateways serve and people read."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
-from folkmoot.cluster.router_state import HostState, RouterState
+from folkmoot.cluster.healing import phase_of, start_error, troubles
+from folkmoot.cluster.router_state import HostState, Life, RouterState
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import expert_map as maps
 
@@ -16,17 +18,18 @@ def document(spec: ClusterSpec, state: RouterState, error: str | None) -> dict[s
         "model": spec.model,
         "architecture": spec.architecture,
         "time_s": time.time(),
-        "error": error,
+        "error": error or start_error(state),
         "map": {
             "version": state.expert_map.version,
             "layers": len(state.moe_layers),
             "experts": state.num_columns,
-            "replicas_wanted": state.replicas,
+            "replicas_wanted": state.wish.replicas,
             "replicas_least": min(_replica_counts(state), default=0),
             "missing": len(missing),
             "published": state.is_publishable,
         },
-        "hosts": [_host(h) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
+        "healing": [asdict(trouble) for trouble in troubles(state)],
+        "hosts": [_host(h, state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
         "engines": [
             {"engine": e.engine, "phase": e.phase, "pid": e.pid, **e.info}
             for e in sorted(state.engines.values(), key=lambda e: e.engine)
@@ -38,20 +41,22 @@ def _replica_counts(state: RouterState) -> list[int]:
     return [len(replicas) for experts in state.expert_map.layers.values() for replicas in experts]
 
 
-def _host(host: HostState) -> dict[str, Any]:
+def _host(host: HostState, state: RouterState) -> dict[str, Any]:
+    life = host.serving or host.pending or (host.lives[-1] if host.lives else Life(host.incarnation, host.columns))
     return {
         "host": host.host,
-        "phase": str(host.phase),
-        "alive": host.phase == "ready",
+        "phase": phase_of(host, state),
+        "alive": host.serving is not None,
         "node": host.node,
-        "pid": host.pid,
-        "actor_pid": host.actor_pid,
-        "incarnation": host.incarnation,
-        "experts": list(host.columns),
-        "bytes": host.bytes,
-        "load_s": round(host.load_s, 3),
-        "requests": host.requests,
-        "rows": host.rows,
-        "busy_s": round(host.busy_s, 3),
+        "pid": life.pid,
+        "actor_pid": life.actor_pid,
+        "incarnation": life.incarnation,
+        "experts": list(life.columns),
+        "bytes": life.bytes,
+        "load_s": round(life.load_s, 3),
+        "requests": life.requests,
+        "rows": life.rows,
+        "busy_s": round(life.busy_s, 3),
+        "failures": host.failures,
         "reason": host.reason,
     }

@@ -42,9 +42,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
     if document["map"]["layers"]:
         console.print(_map_line(document["map"]))
         console.print(hosts_table(document["hosts"]))
-        for host in document["hosts"]:
-            if host["reason"]:
-                console.print(f"{host['host']} is gone: {host['reason']}")
+        for trouble in document["healing"]:
+            console.print(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip(), markup=False)
     else:
         console.print("a dense model: no expert hosts")
     console.print(_engines_table(document["engines"]))
@@ -54,7 +53,7 @@ def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts") -> Tab
     """One line a host: where it is, what it holds, what it has served."""
     table = Table("host", "state", "pid", "actor", "experts", "MiB", "calls", "rows", "busy s", title=title)
     for h in hosts:
-        state = f"[green]{h['phase']}[/]" if h["alive"] else f"[red]{'gone' if h['reason'] else h['phase']}[/]"
+        state = f"[green]{h['phase']}[/]" if h["alive"] else f"[red]{h['phase']}[/]"
         numbers = (h["bytes"] >> 20, h["requests"], h["rows"], h["busy_s"])
         table.add_row(
             h["host"], state, _or_dash(h["pid"]), _or_dash(h["actor_pid"]), ranges(h["experts"]), *map(str, numbers)

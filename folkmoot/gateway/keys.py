@@ -62,6 +62,11 @@ class Keys:
         """String with a TTL: the cluster's status document."""
         return f"{self.root}:cluster"
 
+    @property
+    def wish(self) -> str:
+        """String: what the expert router was last asked to make of the cluster."""
+        return f"{self.root}:wish"
+
     def work(self, model: str) -> str:
         """Channel: something to lease has come."""
         return f"{self.root}:work:{model}"

@@ -1,0 +1,83 @@
+"""Room for expert hosts: Ray placement groups, one bundle a host, made and given back as the wish says.
+
+Where a node is lost, Ray looks for room for its bundles on others by itself; until it has found some, the host has no
+node. All of it blocks for a moment, so the router calls it from a thread.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from folkmoot.cluster.placement import HostSlot
+from folkmoot.cluster.spec import ClusterSpec, group_name
+from folkmoot.cluster.wish import Place, Wish
+
+
+class RaySlots:
+    """The placement groups of one cluster."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._spec = spec
+        self._groups: dict[int, PlacementGroup] = {}
+        self._places: Mapping[str, Place] = {}
+        self._nodes: dict[str, str] = {}
+
+    def look(self, wish: Wish) -> tuple[HostSlot, ...]:
+        """The hosts that are wanted, and where Ray has room for each now. Asks Ray for what was never asked for."""
+        self._places = wish.places
+        tables = {group: self._table(group, wish.groups[group]) for group in sorted(wish.open_groups)}
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        found = {h: tables[p.group].get(p.bundle, "") for h, p in self._places.items() if p.group in tables}
+        self._nodes = {host: node for host, node in found.items() if node in nodes}
+        return tuple(HostSlot(h, self._nodes.get(h), self._spec.max_experts_per_host) for h in wish.open_hosts)
+
+    def give_back(self, host: str, wish: Wish) -> None:
+        """A host has left: without others that are wanted its placement group goes too."""
+        group = wish.places[host].group
+        if group not in wish.open_groups and (found := self._groups.pop(group, None)) is not None:
+            remove_placement_group(found)
+
+    def actor_options(self, host: str) -> dict[str, Any]:
+        """Ray's options for an actor in the host's place."""
+        place = self._places[host]
+        return {
+            "num_cpus": self._spec.host_cpus,
+            "num_gpus": self._spec.host_gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[place.group], place.bundle),
+        }
+
+    def threads(self, host: str) -> int:
+        """The host's share of its node's cores."""
+        node = self._nodes.get(host)
+        cores = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"]}
+        physical = os.cpu_count() or 1 if len(cores) == 1 else int(cores.get(node, 1))
+        return max(1, physical // max(1, Counter(self._nodes.values())[node or ""]))
+
+    def _table(self, group: int, size: int) -> dict[int, str]:
+        """Bundle -> node, of those that have one."""
+        if group not in self._groups:
+            self._groups[group] = self._find(group_name(self._spec, group), size)
+        return dict(placement_group_table(self._groups[group])["bundles_to_node_id"])
+
+    def _find(self, name: str, size: int) -> PlacementGroup:
+        spec = self._spec
+        try:
+            return ray.util.get_placement_group(name)
+        except ValueError:
+            bundle = {"CPU": spec.host_cpus, **({"GPU": spec.host_gpus} if spec.host_gpus else {})}
+            bundles = [dict(bundle) for _ in range(size)]
+            return placement_group(bundles, spec.placement.upper(), name=name, lifetime="detached")
+
+
+def groups_of(spec: ClusterSpec) -> Iterator[str]:
+    """Names of the placement groups that this cluster has in Ray."""
+    base = group_name(spec, 0)
+    for table in placement_group_table().values():
+        name = str(table["name"])
+        if table["state"] != "REMOVED" and (name == base or name.removeprefix(f"{base}.").isdigit()):
+            yield name
