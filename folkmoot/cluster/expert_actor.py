@@ -40,22 +40,33 @@ class _Process:
     closed: "asyncio.Future[str]"
 
 
+@dataclass(frozen=True)
+class Description:
+    """What an expert actor says of itself: its host (None: a spare), its node, and the lives that run, oldest first."""
+
+    host: str | None
+    node: str
+    lives: tuple[HostForked | HostReady, ...]
+
+
 @ray.remote(num_cpus=0.1, max_restarts=0)
 class ExpertActor:
-    """Owns the lives of one expert host: one, or two while a successor takes over."""
+    """Owns the lives of one expert host: one, or two while a successor takes over. A spare until its first start."""
 
-    def __init__(self, spec: ClusterSpec, host: str) -> None:
-        self._spec, self._host = spec, host
-        self._log = spec.log(host)
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._spec = spec
+        self._host: str | None = None
+        self._log = spec.log("host")
         self._processes: dict[int, _Process] = {}
 
-    async def start(self, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
-        """Fork a life, which then loads its experts. Raises WarmParentError."""
+    async def start(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
+        """Fork a life of this host, which then loads its experts. Raises WarmParentError."""
+        self._host, self._log = host, self._spec.log(host)
         parent = await warm_parent(self._spec)
-        host_spec = self._host_spec(incarnation, columns, threads)
+        host_spec = self._host_spec(host, incarnation, columns, threads)
         child = await asyncio.to_thread(parent.spawn, "folkmoot.experts.host:main", host_spec, self._log)
         loop = asyncio.get_running_loop()
-        forked = HostForked(self._host, incarnation, tuple(columns), child.pid, os.getpid())
+        forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
         process = _Process(forked, child, loop.create_future(), loop.create_future())
         self._processes[incarnation] = process
         threading.Thread(target=self._watch, args=(process, loop), name="host-watch", daemon=True).start()
@@ -74,33 +85,34 @@ class ExpertActor:
         if (process := self._processes.get(incarnation)) is not None:
             process.child.kill()
 
-    async def describe(self) -> tuple[str, list[HostForked | HostReady]]:
-        """What a restarted expert router asks: the host, and its lives that run, the oldest first."""
+    async def describe(self) -> Description:
+        """What a restarted expert router asks."""
         living = [p for _, p in sorted(self._processes.items()) if p.child.is_alive()]
-        return self._host, [p.ready.result() if _has_result(p.ready) else p.forked for p in living]
+        lives = tuple(p.ready.result() if _has_result(p.ready) else p.forked for p in living)
+        return Description(self._host, ray.get_runtime_context().get_node_id(), lives)
 
     def _process(self, incarnation: int) -> _Process:
         if incarnation not in self._processes:
             raise ExpertHostError(f"its process is gone (log: {self._log})")
         return self._processes[incarnation]
 
-    def _host_spec(self, incarnation: int, columns: Sequence[int], threads: int) -> dict[str, Any]:
+    def _host_spec(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> dict[str, Any]:
         """The fields of `folkmoot.experts.host.HostSpec`, which is not imported here since it brings torch."""
         spec = self._spec
         return {
-            "host": self._host,
+            "host": host,
             "incarnation": incarnation,
             "checkpoint": spec.model_path,
             "experts": as_placement(columns, spec.moe_layers),
-            "unix_path": str(self._socket(incarnation)),
+            "unix_path": str(self._socket(host, incarnation)),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
             "device": spec.device,
             "threads": threads,
         }
 
-    def _socket(self, incarnation: int) -> Path:
-        return Path(self._spec.run_dir) / f"{self._host}.{incarnation}.sock"
+    def _socket(self, host: str, incarnation: int) -> Path:
+        return Path(self._spec.run_dir) / f"{host}.{incarnation}.sock"
 
     def _tcp(self) -> str | None:
         """Where to listen for engines on other nodes; nowhere if there can be none."""
@@ -134,9 +146,9 @@ class ExpertActor:
         if message is None:
             message = {"message": f"it was not ready after {LOAD_TIMEOUT_S:.0f} s"}
         if message.get("event") != "ready":
-            raise ExpertHostError(f"expert host {self._host}: {message.get('message')} (log: {self._log})")
+            raise ExpertHostError(f"expert host {forked.host}: {message.get('message')} (log: {self._log})")
         return HostReady(
-            self._host,
+            forked.host,
             forked.incarnation,
             HostAddress(**message["address"]),
             forked.columns,
@@ -152,12 +164,12 @@ class ExpertActor:
             message = child.receive()
             if message is not None and message.get("event") == "load":
                 counts = int(message["requests"]), int(message["rows"]), float(message["busy_s"])
-                router.report.remote(HostLoad(self._host, ready.incarnation, *counts))
+                router.report.remote(HostLoad(ready.host, ready.incarnation, *counts))
 
     def _ended(self, process: _Process, reason: str) -> None:
         """On the event loop: whoever waits hears of it."""
         self._processes.pop(process.forked.incarnation)
-        self._socket(process.forked.incarnation).unlink(missing_ok=True)
+        self._socket(process.forked.host, process.forked.incarnation).unlink(missing_ok=True)
         if not process.ready.done():
             process.ready.set_exception(ExpertHostError(reason))
             process.ready.exception()  # heard by `ready`, or by nobody

@@ -51,6 +51,15 @@ class RaySlots:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[place.group], place.bundle),
         }
 
+    def node_of(self, host: str) -> str | None:
+        """Where Ray has room for the host."""
+        return self._nodes.get(host)
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """All nodes with room for a host."""
+        return frozenset(self._nodes.values())
+
     def threads(self, host: str) -> int:
         """The host's share of its node's cores."""
         node = self._nodes.get(host)

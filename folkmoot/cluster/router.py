@@ -7,18 +7,17 @@ and counts its map's version on from what engines have.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
-import secrets
 import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from folkmoot.cluster.expert_actor import ExpertActor
+from folkmoot.cluster.actor_pool import ActorPool
+from folkmoot.cluster.healing import is_settled
 from folkmoot.cluster.ray_slots import RaySlots
 from folkmoot.cluster.router_events import (
     EngineReported,
@@ -37,7 +36,7 @@ from folkmoot.cluster.router_events import (
 )
 from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
 from folkmoot.cluster.router_state import initial
-from folkmoot.cluster.spec import ClusterSpec, expert_actor_prefix
+from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.status import document
 from folkmoot.cluster.wish import Wish
 from folkmoot.cluster.wish_store import WishStore
@@ -51,8 +50,7 @@ TICK_S = 0.25
 LOOK_EVERY_S = 2.0
 STATUS_EVERY_S = 1.0
 STATUS_TTL_S = 10.0
-DESCRIBE_TIMEOUT_S = 5.0
-QUIET = (Tick, MapSeen, EngineReported, HostLoad)
+QUIET = (Tick, SlotsSeen, MapSeen, EngineReported, HostLoad)
 """Events that come all the time, and are not logged."""
 
 
@@ -68,7 +66,7 @@ class ExpertRouter:
         self._state = initial(spec.moe_layers, spec.num_experts, first_wish(spec))
         self._changed = asyncio.Condition()
         self._slots = RaySlots(spec)
-        self._actors: dict[str, Any] = {}
+        self._actors = ActorPool(spec, self._slots)
         self._error: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         for work in (self._run(), self._publish_status()):
@@ -113,18 +111,29 @@ class ExpertRouter:
         await self._find_hosts()
         looked_s = -LOOK_EVERY_S
         while True:
-            try:
-                if self._spec.hosts and time.monotonic() - looked_s > LOOK_EVERY_S:
-                    looked_s = time.monotonic()
-                    slots = await asyncio.to_thread(self._slots.look, self._state.wish)
-                    await self.report(SlotsSeen(slots))
-                    self._error = None
-                else:
-                    await self.report(Tick(time.time()))
-            except Exception as e:
-                log.exception("looking around failed")
-                self._error = f"the expert router cannot place hosts: {type(e).__name__}: {e}"
+            await self.report(Tick(time.time()))
+            is_due = time.monotonic() - looked_s > LOOK_EVERY_S or self._is_waiting
+            if self._spec.hosts and is_due:
+                looked_s = time.monotonic()
+                await self._look()
             await asyncio.sleep(TICK_S)
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether there is a host that is wanted, and has no place that is known of."""
+        hosts = self._state.hosts
+        return any(host not in hosts or hosts[host].node is None for host in self._state.wish.open_hosts)
+
+    async def _look(self) -> None:
+        """What Ray has room for now."""
+        try:
+            await self.report(SlotsSeen(await asyncio.to_thread(self._slots.look, self._state.wish)))
+            self._error = None
+            if is_settled(self._state) and any(e.phase == "ready" for e in self._state.engines.values()):
+                self._actors.keep_spares(self._slots.nodes)
+        except Exception as e:
+            log.exception("looking around failed")
+            self._error = f"the expert router cannot place hosts: {type(e).__name__}: {e}"
 
     async def _remember(self) -> None:
         """The wish of a former life of this router, if there was one."""
@@ -133,21 +142,10 @@ class ExpertRouter:
 
     async def _find_hosts(self) -> None:
         """After a restart: take over the hosts whose actors live."""
-        named = await asyncio.to_thread(ray.util.list_named_actors, True)
-        ours = [a["name"] for a in named if a["namespace"] == self._spec.namespace]
-        await asyncio.gather(*(self._find(name) for name in ours if name.startswith(expert_actor_prefix())))
-
-    async def _find(self, name: str) -> None:
-        try:
-            actor = ray.get_actor(name, self._spec.namespace)
-            host, lives = await asyncio.wait_for(actor.describe.remote(), DESCRIBE_TIMEOUT_S)
-        except (ValueError, RayError, TimeoutError) as e:
-            log.warning("%s does not answer: %s", name, e)
-            return
-        self._actors[host] = actor
-        for life in lives:
-            await self.report(life)
-            self._keep(self._follow(actor, host, life.incarnation))
+        for found in await self._actors.find():
+            for life in found.lives:
+                await self.report(life)
+                self._keep(self._follow(self._actors.get(life.host), life.host, life.incarnation))
 
     def _act(self) -> None:
         """Carry out what is planned until nothing is. Each action changes the state at once, so none is begun twice."""
@@ -162,15 +160,15 @@ class ExpertRouter:
                         actor.stop.remote(incarnation)
                 case RemoveHost(host):
                     self._state = apply(HostRemoved(host), self._state)
-                    self._end_actor(host)
+                    self._actors.end(host)
                     self._keep(asyncio.to_thread(self._slots.give_back, host, self._state.wish))
 
     async def _start_host(self, host: str, incarnation: int, columns: tuple[int, ...]) -> None:
         actor = None
         try:
             threads = await asyncio.to_thread(self._slots.threads, host)
-            actor = self._actor(host)
-            await self.report(await actor.start.remote(incarnation, columns, threads))
+            actor = self._actors.ensure(host)
+            await self.report(await actor.start.remote(host, incarnation, columns, threads))
         except Exception as e:
             await self._failed(actor, host, incarnation, e)
             return
@@ -191,27 +189,10 @@ class ExpertRouter:
         """A life that did not come up, or was lost with its actor."""
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # the actor, not what it raised
             reason = f"its actor died ({type(error).__name__})"
-            if self._actors.get(host) is actor:
-                self._end_actor(host)
+            self._actors.end(host, actor)
         else:
             reason = str(getattr(error, "cause", None) or error)
         await self.report(HostDied(host, incarnation, reason))
-
-    def _actor(self, host: str) -> Any:
-        """The host's actor; a new one where there is none."""
-        if host not in self._actors:
-            self._actors[host] = ExpertActor.options(  # type: ignore[attr-defined]
-                name=f"{expert_actor_prefix(host)}{secrets.token_hex(4)}",
-                namespace=self._spec.namespace,
-                lifetime="detached",
-                **self._slots.actor_options(host),
-            ).remote(self._spec, host)
-        return self._actors[host]
-
-    def _end_actor(self, host: str) -> None:
-        if (actor := self._actors.pop(host, None)) is not None:
-            with contextlib.suppress(ValueError, RayError):  # it may be gone already
-                ray.kill(actor)
 
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -6,6 +6,9 @@ from pathlib import Path
 ROUTER = "ExpertRouter"
 """Name of the expert router's Ray actor, in the cluster's namespace."""
 
+EXPERT_ACTOR_PREFIX = "expert-"
+"""What the names of Ray actors that own an expert host begin with. A name is never used twice."""
+
 
 @dataclass(frozen=True)
 class ClusterSpec:
@@ -80,11 +83,6 @@ class ClusterSpec:
     def as_dict(self) -> dict[str, object]:
         """As JSON data."""
         return asdict(self)
-
-
-def expert_actor_prefix(host: str = "") -> str:
-    """What the names of Ray actors that own an expert host begin with. A name is never used twice."""
-    return f"expert-{host}/" if host else "expert-"
 
 
 def group_name(spec: ClusterSpec, group: int) -> str:
