@@ -7,17 +7,19 @@ expert hosts. Expert maps come over the control channel and go to the dispatcher
 
 import asyncio
 import ctypes
+import functools
 import json
 import logging
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from folkmoot.cluster.map_feed import MapFeedServer
-from folkmoot.experts.expert_map import ExpertMap, missing
+from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
 
 log = logging.getLogger(__name__)
@@ -56,13 +58,32 @@ class MapState:
 
     def __init__(self, spec: EngineSpec, control: Control) -> None:
         self.is_complete = spec.feed is None
-        self._feed = MapFeedServer(Path(spec.feed), control.send) if spec.feed is not None else None
+        self._control = control
+        self._lock = threading.Lock()
+        self._map: ExpertMap | None = None
+        self._dead: set[tuple[str, int]] = set()
+        self._feed = MapFeedServer(Path(spec.feed), self._on_event) if spec.feed is not None else None
 
     def on_message(self, message: dict[str, Any]) -> None:
         """From the owner: {"map": {...}}."""
         if self._feed is not None and "map" in message:
             self._feed.publish(message["map"])
-            self.is_complete = not missing(ExpertMap.from_json(json.dumps(message["map"])))
+            self._look(ExpertMap.from_json(json.dumps(message["map"])), None)
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        """From the dispatcher. A host's death counts at once: the expert router may be away."""
+        if event.get("event") == "host_dead":
+            self._look(None, (event["host"], event["incarnation"]))
+        self._control.send(event)
+
+    def _look(self, expert_map: ExpertMap | None, dead: tuple[str, int] | None) -> None:
+        with self._lock:
+            self._map = expert_map or self._map
+            self._dead |= {dead} if dead else set()
+            if self._map is None:
+                return
+            gone = [a.host for a in self._map.hosts.values() if (a.host, a.incarnation) in self._dead]
+            self.is_complete = not missing(functools.reduce(remove_host, gone, self._map))
 
 
 def main(raw: dict[str, Any], control: Control) -> None:
@@ -109,11 +130,15 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
     from folkmoot.cluster.prompts import Preparer
     from folkmoot.gateway.holder import LeaseHolder
     from folkmoot.gateway.queue import ModelRecord, RequestQueue
+    from folkmoot.gateway.readiness import keep_saying
     from folkmoot.gateway.store import Store
+    from folkmoot.gateway.tasks import cancel
 
-    generator = Generator(
-        llm, Preparer(llm, _has_tokenizer(spec)), spec.max_num_seqs, lambda: maps.is_complete and not llm.errored
-    )
+    def can_serve() -> bool:
+        return maps.is_complete and not llm.errored and not stopping.is_set()
+
+    stopping = asyncio.Event()
+    generator = Generator(llm, Preparer(llm, _has_tokenizer(spec)), spec.max_num_seqs, can_serve)
     record = ModelRecord(
         spec.model,
         llm.model_config.max_model_len,
@@ -121,7 +146,6 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         llm.model_config.max_logprobs,
         _has_tokenizer(spec),
     )
-    stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     queue = RequestQueue(Store(spec.redis, spec.store_namespace))
     await _wait_for_map(maps, stopping)
@@ -129,12 +153,13 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         load_s = time.monotonic() - began
         log.info("serving %s, loaded in %.2f s", spec.model, load_s)
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
+        saying = asyncio.create_task(keep_saying(queue, spec.engine, can_serve))
         reporting = asyncio.create_task(_report(control, generator))
         try:
             await generator.run(holder, stopping)
             await generator.drain(spec.grace_s)
         finally:
-            reporting.cancel()
+            await cancel([saying, reporting])
     llm.shutdown()
 
 

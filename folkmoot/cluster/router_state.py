@@ -19,7 +19,7 @@ from folkmoot.experts.expert_map import ExpertMap, HostAddress
 
 QUARANTINE_AFTER = 3
 """A host that has failed so often in a row is in quarantine: its columns go elsewhere until it may try again."""
-BACKOFF_S, BACKOFF_FACTOR, BACKOFF_MAX_S = 1.0, 4.0, 60.0
+BACKOFF_S, BACKOFF_FACTOR, BACKOFF_MAX_S = 0.25, 8.0, 60.0
 HEALTHY_S = 60.0
 """Failures are forgotten after so long in service."""
 PLACE_WAIT_S = 10.0

@@ -24,7 +24,8 @@ def generate(into: Path) -> None:
     outputs = [f"--python_out={into}", f"--pyi_out={into}"]
     if protoc.main([*common, *outputs, *(f"{PACKAGE}/{name}" for name in names)]) != 0:
         raise RuntimeError("protoc failed; its message stands above")
-    if protoc.main([*common, f"--grpc_python_out={into}", f"{PACKAGE}/gateway.proto"]) != 0:
+    services = [f"{PACKAGE}/{path.name}" for path in sorted(SOURCE.glob("*.proto")) if "\nservice " in path.read_text()]
+    if protoc.main([*common, f"--grpc_python_out={into}", *services]) != 0:
         raise RuntimeError("protoc failed; its message stands above")
 
 

@@ -67,6 +67,19 @@ class Keys:
         """String: what the expert router was last asked to make of the cluster."""
         return f"{self.root}:wish"
 
+    def ready(self, engine: str) -> str:
+        """String with a TTL: this engine can serve now."""
+        return f"{self.root}:ready:{engine}"
+
+    @property
+    def operations(self) -> str:
+        """Stream of changes that the cluster was asked for: field id."""
+        return f"{self.root}:operations"
+
+    def operation(self, request_id: str) -> str:
+        """String, with a TTL from its end on: one of those changes, and what has become of it."""
+        return f"{self.root}:operation:{request_id}"
+
     def work(self, model: str) -> str:
         """Channel: something to lease has come."""
         return f"{self.root}:work:{model}"

@@ -15,6 +15,7 @@ from folkmoot.gateway.journal import JournalReader, Stream
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
+from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.validate import InvalidRequest, check, choose_model, estimate_tokens
 
@@ -195,6 +196,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
 
     async def _list_models(self) -> list[pb.Model]:
         engines = list((await self._queue.engines()).values())
+        ready = list((await ready_engines(self._queue)).values())
         models = []
         for name, record in sorted((await self._queue.models()).items()):
             load = await self._queue.load(name)
@@ -205,6 +207,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                     vocab_size=record.vocab_size,
                     max_logprobs=record.max_logprobs,
                     num_engines=engines.count(name),
+                    num_ready_engines=ready.count(name),
                     load=pb.QueueLoad(
                         waiting_requests=load.waiting_requests,
                         waiting_tokens=load.waiting_tokens,

@@ -145,7 +145,7 @@ def test_a_host_that_keeps_dying_is_quarantined_and_stood_in_for_and_comes_back(
 
 
 def test_back_off_grows_to_a_limit_and_health_forgets() -> None:
-    assert [back_off_s(n) for n in range(7)] == [0, 0, 1, 4, 16, 60, 60]
+    assert [back_off_s(n) for n in range(7)] == [0, 0, 0.25, 2, 16, 60, 60]
     state = carried_out(died(running(), "host-0"))
     assert state.hosts["host-0"].failures == 1
     state = died(apply(Tick(state.now_s + HEALTHY_S), state), "host-0")

@@ -277,20 +277,22 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "max_logprobs", "num_engines", "load")
+    __slots__ = ("name", "max_model_len", "vocab_size", "max_logprobs", "num_engines", "load", "num_ready_engines")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_ENGINES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_READY_ENGINES_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
     max_logprobs: int
     num_engines: int
     load: QueueLoad
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., num_engines: _Optional[int] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ...) -> None: ...
+    num_ready_engines: int
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., num_engines: _Optional[int] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ..., num_ready_engines: _Optional[int] = ...) -> None: ...
 
 class QueueLoad(_message.Message):
     __slots__ = ("waiting_requests", "waiting_tokens", "running_requests", "running_tokens")
