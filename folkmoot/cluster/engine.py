@@ -48,14 +48,14 @@ class EngineError(RuntimeError):
 class Engine:
     """Owns one engine process."""
 
-    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: ClusterSpec, version: int) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = spec
         self._engine = f"engine-{serve.get_replica_context().replica_id.unique_id}"
         self._log = spec.log(self._engine)
         self._router = ray.get_actor(ROUTER, spec.namespace)
         self._version = -1
         self._phase = "loading"
-        self._info: dict[str, Any] = {"log": str(self._log)}
+        self._info: dict[str, Any] = {"log": str(self._log), "version": version}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parent = await warm_parent(spec)
         self._child = await asyncio.to_thread(
@@ -80,6 +80,8 @@ class Engine:
         """Serve stops this replica: let the process finish what it can, then make sure that it is gone."""
         if (child := getattr(self, "_child", None)) is None:
             return
+        self._phase = "stopping"
+        self._tell_router()
         child.kill(signal.SIGTERM)
         if not await asyncio.to_thread(child.wait, self._spec.grace_s + 2.0):
             child.kill()

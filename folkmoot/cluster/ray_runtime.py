@@ -82,18 +82,30 @@ class Deployment:
         try:
             from ray import serve
 
-            from folkmoot.cluster.engine import Engine
-
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-            spec = self._spec
-            resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
-            engines = Engine.options(  # type: ignore[attr-defined]
-                num_replicas=spec.engines, ray_actor_options=resources
-            )
-            serve.run(engines.bind(spec), name=spec.app, route_prefix=None)
+            deploy_engines(self._spec, self._spec.engines, 0, wait=True)
         except Exception as e:
             self.error = e
+
+
+def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -> None:
+    """Tell Serve how many engines there should be, of which version: another number starts or drains some, another
+    version replaces all, one by one, a new one first."""
+    from ray import serve
+
+    from folkmoot.cluster.engine import Engine
+
+    resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
+    engines = Engine.options(  # type: ignore[attr-defined]
+        num_replicas=count,
+        ray_actor_options=resources,
+        max_surge_percent=1,  # rounded up: one
+        version=str(version),  # Serve would make up one, and so replace all engines at every change of their number
+        _internal=True,
+    )
+    target = serve.RunTarget(target=engines.bind(spec, version), name=spec.app, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=wait)
 
 
 def tear_down(spec: ClusterSpec | None, *, joined: bool) -> None:

@@ -18,6 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.healing import is_settled
+from folkmoot.cluster.operation_runner import OperationRunner
+from folkmoot.cluster.ray_runtime import deploy_engines
 from folkmoot.cluster.ray_slots import RaySlots
 from folkmoot.cluster.router_events import (
     EngineReported,
@@ -41,6 +43,7 @@ from folkmoot.cluster.status import document
 from folkmoot.cluster.wish import Wish
 from folkmoot.cluster.wish_store import WishStore
 from folkmoot.gateway.errors import StoreError
+from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.store import Store
 
@@ -69,7 +72,11 @@ class ExpertRouter:
         self._actors = ActorPool(spec, self._slots)
         self._error: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        for work in (self._run(), self._publish_status()):
+        self._engines_deployed = (spec.engines, 0)
+        self._operations = OperationRunner(
+            spec, Operations(self._store), self._wishes, lambda: self._state, lambda wish: self.report(Wished(wish))
+        )
+        for work in (self._run(), self._publish_status(), self._deploy_engines()):
             self._keep(work)
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
@@ -109,6 +116,8 @@ class ExpertRouter:
         """Find what lives from before, then look around for ever: slots come and go, and time passes."""
         await self._remember()
         await self._find_hosts()
+        for work in (self._operations.run(), self._operations.watch()):
+            self._keep(work)
         looked_s = -LOOK_EVERY_S
         while True:
             await self.report(Tick(time.time()))
@@ -198,6 +207,18 @@ class ExpertRouter:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _deploy_engines(self) -> None:
+        """For ever: tell Serve of another number or version of engines than it was told last."""
+        while True:
+            wish = self._state.wish
+            if (wanted := (wish.engines, wish.engine_version)) != self._engines_deployed:
+                try:
+                    await asyncio.to_thread(deploy_engines, self._spec, *wanted, wait=False)
+                    self._engines_deployed = wanted
+                except Exception:
+                    log.exception("Serve did not take %s engines of version %s", *wanted)
+            await asyncio.sleep(STATUS_EVERY_S)
 
     async def _publish_status(self) -> None:
         """Write the status document where gateways find it. It expires by itself when the router is gone."""
