@@ -6,31 +6,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from rich.console import Console
 
-from folkmoot.cluster import interrupts
+from folkmoot.cluster import cli_admin, interrupts
+from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options, name_options
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from folkmoot.gateway.client_errors import FolkmootError
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
 DETACH_POLL_S = 0.1
 DOWN_TIMEOUT_S = 60.0
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Failure(click.ClickException):
-    """An error that is shown as one paragraph, without a traceback; exit code 1."""
-
-    def show(self, file: Any = None) -> None:
-        errors.print(f"[bold red]error:[/] {self.message}", markup=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -44,20 +32,12 @@ def main() -> None:
       folkmoot up --model demo              start a cluster here; Ctrl-C ends it
       folkmoot chat                         talk to it (in another terminal)
       folkmoot status                       what runs where, and how loaded it is
+      folkmoot scale hosts 4                change it while it runs; also: replicas, engines
     """
 
 
-def _named(command: F) -> F:
-    command = click.option("--name", default="default", show_default=True, help="which cluster, if several run here")(
-        command
-    )
-    return click.option("--state-dir", type=click.Path(path_type=Path), help="where state and logs lie")(command)
-
-
-def _gateway(command: F) -> F:
-    return click.option(
-        "--gateway", metavar="HOST:PORT", help="a gateway anywhere, instead of the cluster started here"
-    )(_named(command))
+for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll):
+    main.add_command(command)
 
 
 def _sampling(command: F) -> F:
@@ -168,7 +148,7 @@ def _sampling(command: F) -> F:
 )
 @click.option("--detach", is_flag=True, help="run in the background; return when it is ready")
 @click.option("--timings", is_flag=True, help="say when each part was ready")
-@_named
+@name_options
 def up(detach: bool, timings: bool, **options: Any) -> None:
     """Start a cluster: request store, gateway, Ray, expert hosts, engines.
 
@@ -289,7 +269,7 @@ class _Progress:
 
 
 @main.command()
-@_named
+@name_options
 def down(name: str, state_dir: Path | None) -> None:
     """Stop a cluster, and wait until all its processes are gone."""
     folder = StateFolder(name, state_dir)
@@ -311,7 +291,7 @@ def down(name: str, state_dir: Path | None) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="the whole document, for programs")
-@_gateway
+@gateway_options
 def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool) -> None:
     """Show engines, expert hosts, the expert map and the load.
 
@@ -335,7 +315,7 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
 @click.option("--model", default="", help="which model, if several are served")
 @click.option("--chat/--raw", "as_chat", default=False, help="wrap the prompt in the model's chat template")
 @_sampling
-@_gateway
+@gateway_options
 def generate(
     prompt: str, model: str, as_chat: bool, gateway: str | None, name: str, state_dir: Path | None, **sampling: Any
 ) -> None:
@@ -358,7 +338,7 @@ def generate(
 @click.option("--model", default="", help="which model, if several are served")
 @click.option("--system", metavar="TEXT", help="what the model is told first")
 @_sampling
-@_gateway
+@gateway_options
 def chat(
     model: str, system: str | None, gateway: str | None, name: str, state_dir: Path | None, **sampling: Any
 ) -> None:
@@ -390,7 +370,7 @@ def chat(
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--model", default="", help="which model, if several are served")
 @click.option("--json", "as_json", is_flag=True, help="flat JSON, for programs")
-@_gateway
+@gateway_options
 def bench(
     num_requests: int,
     concurrency: int,
@@ -410,7 +390,7 @@ def bench(
     """
     from folkmoot.cluster import bench as measure
 
-    address = gateway or _address(name, state_dir)
+    address = gateway or address_of(name, state_dir)
     load = measure.Load(num_requests, concurrency, prompt_tokens, max_tokens, model)
     with console.status(f"{num_requests} requests") if console.is_terminal else interrupts.nothing():
         figures = _translated(lambda: measure.run(address, load))
@@ -447,7 +427,7 @@ class _client:
     def __init__(self, gateway: str | None, name: str, state_dir: Path | None) -> None:
         from folkmoot.gateway.client import Client
 
-        self._client = Client(gateway or _address(name, state_dir), reconnect_s=5.0)
+        self._client = Client(gateway or address_of(name, state_dir), reconnect_s=5.0)
 
     def __enter__(self) -> Any:
         return self._client
@@ -463,18 +443,6 @@ def _translated(work: Callable[[], dict[str, float]]) -> dict[str, float]:
         return work()
     except FolkmootError as e:
         raise Failure(f"{e.code}: {e}") from e
-
-
-def _address(name: str, state_dir: Path | None) -> str:
-    """The gateway of the cluster of this name. Raises Failure that says what to type."""
-    folder = StateFolder(name, state_dir)
-    state = folder.read()
-    if not folder.is_held() or state is None:
-        raise Failure("no cluster runs here: start one with `folkmoot up --model demo`, or give --gateway HOST:PORT")
-    if state.gateway is None:
-        raise Failure(f"the cluster is not ready yet ({state.message})")
-    host, _, port = state.gateway.rpartition(":")
-    return f"{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{port}"
 
 
 def _given(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def fetch(client: Client) -> dict[str, Any]:
         {
             "model": m.name,
             "engines": m.num_engines,
+            "ready_engines": m.num_ready_engines,
             "max_model_len": m.max_model_len,
             "waiting_requests": m.load.waiting_requests,
             "running_requests": m.load.running_requests,
@@ -34,7 +35,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
         console.print(f"[bold red]{document['error']}[/]")
     for one in document["models"]:
         console.print(
-            f"model [bold]{one['model']}[/]: {one['engines']} engines alive, "
+            f"model [bold]{one['model']}[/]: {one['ready_engines']} of {one['engines']} engines "
+            f"can serve, "
             f"{one['running_requests']} requests running, {one['waiting_requests']} waiting"
         )
     if "map" not in document:

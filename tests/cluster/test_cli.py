@@ -14,7 +14,7 @@ from folkmoot.cluster.cli import main
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from tests.cluster.conftest import Cluster, eventually, processes_of
 
-COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo"]
+COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,7 +35,7 @@ def test_options_that_exclude_each_other() -> None:
     assert "exclude each other" in result.output
 
 
-@pytest.mark.parametrize("command", [["generate", "hello"], ["status"], ["bench"], ["chat"]])
+@pytest.mark.parametrize("command", [["generate", "hello"], ["status"], ["bench"], ["chat"], ["scale", "hosts", "2"]])
 def test_without_a_cluster_it_says_how_to_start_one(no_cluster: Cluster, command: list[str]) -> None:
     done = no_cluster.run(*command)
     assert done.returncode == 1

@@ -1,0 +1,158 @@
+"""A cluster without spare replicas in which everything is killed: clients wait, and get the same tokens."""
+
+import json
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folkmoot.cluster.processes import is_alive
+from folkmoot.cluster.processes import kill as send_kill
+from tests.cluster.changes import (
+    host,
+    is_healed,
+    is_ready,
+    kill,
+    kill_router,
+    ray_pid,
+    tokens,
+    tokens_with_kill,
+)
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def fragile(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """2 expert hosts, 1 replica of each expert, one engine: no expert can be missed."""
+    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
+    cluster.up("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
+    yield cluster
+    cluster.down()
+    shutil.rmtree(temp_of(cluster.marker))
+
+
+@pytest.fixture
+def victim(fragile: Cluster) -> dict[str, Any]:
+    """A host of the healed cluster, which is about to be killed."""
+    eventually(lambda: is_healed(fragile), 90.0, f"healed: {fragile.status()['healing']}")
+    return max(fragile.status()["hosts"], key=lambda h: int(h["rows"]))
+
+
+@pytest.mark.parametrize("with_actor", [False, True], ids=["host", "host-and-actor"])
+def test_without_a_replica_clients_wait_for_the_replacement_and_get_the_same_tokens(
+    fragile: Cluster, victim: dict[str, Any], with_actor: bool
+) -> None:
+    with fragile.client() as client:
+        expected = tokens(client, max_tokens=120)
+        pids = [victim["pid"], *([victim["actor_pid"]] if with_actor else [])]
+        assert tokens_with_kill(client, pids) == expected
+
+    def is_replaced() -> bool:
+        now = host(fragile, victim["host"])
+        return now["alive"] and now["pid"] != victim["pid"] and is_healed(fragile)
+
+    eventually(is_replaced, 20.0, f"{victim['host']} is replaced")
+    now = host(fragile, victim["host"])
+    assert now["incarnation"] > victim["incarnation"] and now["experts"] == victim["experts"]
+    assert (now["actor_pid"] != victim["actor_pid"]) == with_actor
+    assert is_alive(now["pid"])
+
+
+def test_a_host_that_died_while_the_router_was_away_is_replaced_when_it_is_back(
+    fragile: Cluster, victim: dict[str, Any]
+) -> None:
+    with fragile.client() as client:
+        expected = tokens(client, max_tokens=120)
+        router = kill_router(fragile)
+        kill(victim["pid"])
+        assert ray_pid(fragile, "ExpertRouter") in (None, router), "the router was away when the host died"
+        assert tokens(client, max_tokens=120) == expected, "the request waited for the router, and for the host"
+    now = eventually(lambda: h if (h := host(fragile, victim["host"])).get("alive") else None, 20.0, "it is back")
+    assert now["pid"] != victim["pid"]
+    assert ray_pid(fragile, "ExpertRouter") not in (None, router)
+    eventually(lambda: is_healed(fragile), 20.0, "all is as it was")
+
+
+def test_readiness_follows_a_death_while_the_router_is_away(fragile: Cluster, victim: dict[str, Any]) -> None:
+    assert is_ready(fragile) and is_ready(fragile, "folkmoot.v1.Folkmoot")
+    with killing(fragile, "ExpertRouter"):
+        kill(victim["pid"])
+        with fragile.client() as client:
+            waiting = threading.Thread(target=tokens, args=(client,))  # an engine hears of a death by using the host
+            waiting.start()
+            eventually(lambda: not is_ready(fragile), 15.0, "not ready")
+            assert is_ready(fragile, "folkmoot.v1.Folkmoot"), "the gateway itself lives"
+            assert models_ready(fragile) == 0
+    waiting.join(60.0)
+    assert not waiting.is_alive()
+    eventually(lambda: is_ready(fragile), 30.0, "ready again")
+    assert models_ready(fragile) == 1
+
+
+def test_a_host_that_keeps_dying_is_quarantined_and_stood_in_for_and_comes_back(
+    fragile: Cluster, victim: dict[str, Any]
+) -> None:
+    with fragile.client() as client:
+        expected = tokens(client)
+        name, killed = victim["host"], set()
+
+        def is_quarantined() -> bool:
+            """Kills each life of the host that comes up."""
+            status = fragile.status()
+            pid = next(h["pid"] for h in status["hosts"] if h["host"] == name)
+            if pid is not None and pid not in killed and is_alive(pid):
+                kill(pid)
+                killed.add(pid)
+            return any(t["host"] == name and t["state"] == "quarantined" for t in status["healing"])
+
+        eventually(is_quarantined, 60.0, "quarantined")
+        assert len(killed) >= 3
+        assert tokens(client) == expected, "the other host stands in"
+    eventually(lambda: is_healed(fragile), 120.0, f"it comes back: {fragile.status()['healing']}")
+    status = fragile.status()
+    assert [len(h["experts"]) for h in status["hosts"]] == [4, 4]
+    assert status["map"]["replicas_least"] == 1
+    assert host(fragile, name)["pid"] not in killed
+
+
+def test_the_status_of_a_healed_cluster_reads_well(fragile: Cluster, victim: dict[str, Any]) -> None:
+    document = json.loads(fragile.run("status", "--json").stdout)
+    assert document["models"][0]["ready_engines"] == 1
+    assert "1 of 1 engines can serve" in fragile.run("status").stdout
+    assert victim["host"] in fragile.run("status").stdout
+
+
+def models_ready(cluster: Cluster) -> int:
+    with cluster.client() as client:
+        (model,) = client.models()
+    return int(model.num_ready_engines)
+
+
+@contextmanager
+def killing(cluster: Cluster, name: str) -> Iterator[None]:
+    """Kill a Ray actor again and again, each time that it has come up."""
+    stop = threading.Event()
+    killed: set[int] = set()
+
+    def run() -> None:
+        while not stop.wait(0.05):
+            pid = ray_pid(cluster, name)
+            if pid is not None:
+                send_kill([pid])
+                killed.add(pid)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        eventually(lambda: killed, 10.0, f"{name} was killed")
+        yield
+    finally:
+        stop.set()
+        thread.join()

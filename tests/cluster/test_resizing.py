@@ -1,0 +1,135 @@
+"""A cluster that is resized while it serves: no request fails, and every answer is the one of a quiet cluster."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from folkmoot.cluster.processes import is_alive
+from folkmoot.gateway.admin_client import AdminClient
+from folkmoot.gateway.client_errors import FolkmootError, InvalidRequest, NotFound, RequestIdInUse
+from folkmoot.gateway.pb import admin_pb2 as pb
+from tests.cluster.changes import Load, host, is_healed, kill_router
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def elastic(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order."""
+    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
+    cluster.up("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
+    yield cluster
+    cluster.down()
+    shutil.rmtree(temp_of(cluster.marker))
+
+
+@pytest.fixture
+def admin(elastic: Cluster) -> Iterator[AdminClient]:
+    with AdminClient(elastic.address) as admin:
+        yield admin
+
+
+def change(cluster: Cluster, *arguments: str) -> str:
+    """A command of the cluster, under load; what it printed."""
+    with Load(cluster) as load:
+        done = cluster.run(*arguments, "--timeout", "120", timeout_s=150.0)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    load.check()
+    assert is_healed(cluster) or eventually(lambda: is_healed(cluster), 5.0, "the status says so too")
+    return done.stdout
+
+
+def sizes(cluster: Cluster) -> dict[str, int]:
+    return {h["host"]: len(h["experts"]) for h in cluster.status()["hosts"]}
+
+
+def test_more_hosts_take_experts_over(elastic: Cluster) -> None:
+    assert "done" in change(elastic, "scale", "hosts", "4")
+    assert sizes(elastic) == dict.fromkeys(["host-0", "host-1", "host-2", "host-3"], 2)
+    assert elastic.status()["map"]["replicas_least"] == 1
+
+
+def test_more_replicas(elastic: Cluster) -> None:
+    change(elastic, "scale", "replicas", "2")
+    assert elastic.status()["map"]["replicas_least"] == 2
+    assert set(sizes(elastic).values()) == {4}
+
+
+def test_more_replicas_of_one_expert(elastic: Cluster) -> None:
+    change(elastic, "replicate", "5", "3")
+    assert sum(5 in h["experts"] for h in elastic.status()["hosts"]) == 3
+    assert elastic.status()["map"]["replicas_least"] == 2
+
+
+def test_a_drained_host_leaves_when_others_have_its_experts(elastic: Cluster) -> None:
+    leaving = host(elastic, "host-1")
+    change(elastic, "drain", "host-1")
+    assert set(sizes(elastic)) == {"host-0", "host-2", "host-3"}
+    eventually(lambda: not is_alive(leaving["pid"]), 10.0, "its process has ended")
+    assert elastic.status()["map"]["replicas_least"] == 2
+
+
+def test_what_cannot_be_is_refused_with_its_limit(elastic: Cluster, admin: AdminClient) -> None:
+    with pytest.raises(FolkmootError, match="3 replicas of an expert need 3 hosts") as refused:
+        admin.scale("hosts", 2)
+    assert refused.value.code == "FAILED_PRECONDITION"
+    with pytest.raises(FolkmootError, match="4 need as many hosts, there are 3"):
+        admin.scale("replicas", 4)
+    with pytest.raises(InvalidRequest, match="expert: must be below 8.*is 99"):
+        admin.replicate(99, 1)
+    with pytest.raises(InvalidRequest, match="count: must be between 1 and 4096, is 0"):
+        admin.scale("hosts", 0)
+    with pytest.raises(NotFound, match="host-9.*host-0, host-2, host-3"):
+        admin.drain("host-9")
+    with pytest.raises(NotFound, match="unknown operation"):
+        admin.operation("never")
+    done = elastic.run("scale", "hosts", "99")
+    assert done.returncode == 1 and "99 hosts are more than" in done.stderr
+
+
+def test_the_same_id_is_the_same_operation(elastic: Cluster, admin: AdminClient) -> None:
+    name = f"again-{secrets.token_hex(4)}"
+    first = admin.replicate(5, 2, request_id=name)
+    again = admin.replicate(5, 2, request_id=name)
+    assert first.request_id == again.request_id == name and first.submitted_ms == again.submitted_ms
+    with pytest.raises(RequestIdInUse):
+        admin.replicate(5, 3, request_id=name)
+    assert admin.wait(name, 60.0).state == pb.SUCCEEDED
+    assert admin.replicate(5, 2, request_id=name).state == pb.SUCCEEDED
+
+
+def test_fewer_hosts_leave_the_others_everything(elastic: Cluster) -> None:
+    change(elastic, "scale", "hosts", "2")
+    assert sizes(elastic) == {"host-0": 8, "host-2": 8}
+    change(elastic, "scale", "replicas", "1")
+    assert sizes(elastic) == {"host-0": 4, "host-2": 4}
+
+
+def test_an_operation_outlives_the_router(elastic: Cluster, admin: AdminClient) -> None:
+    with Load(elastic) as load:
+        begun = admin.scale("hosts", 3)
+        kill_router(elastic)
+        operation = admin.wait(begun.request_id, 120.0)
+    load.check()
+    assert operation.state == pb.SUCCEEDED, operation.message
+    eventually(lambda: len(sizes(elastic)) == 3 and is_healed(elastic), 10.0, f"three hosts: {sizes(elastic)}")
+
+
+def engines(cluster: Cluster) -> set[int]:
+    return {e["pid"] for e in cluster.status()["engines"] if e["phase"] == "ready"}
+
+
+def test_engines_come_and_go_and_are_rolled(elastic: Cluster) -> None:
+    before = engines(elastic)
+    change(elastic, "scale", "engines", "2")
+    assert len(engines(elastic)) == 2 and engines(elastic) > before
+    change(elastic, "scale", "engines", "1")
+    eventually(lambda: len(engines(elastic)) == 1, 10.0, "one engine")
+    (kept,) = engines(elastic)
+    change(elastic, "roll", "engines")
+    eventually(lambda: len(engines(elastic)) == 1 and kept not in engines(elastic), 10.0, "another engine")
+    eventually(lambda: not is_alive(kept), 20.0, "the old one has ended")
