@@ -67,7 +67,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
         operation = await _or_abort(context, submitted)
         if operation.state == operations.FAILED:
-            await context.abort(status.CODES[operation.code], operation.message)
+            what = _refusal(operation)
+            await context.abort(what.code, what.message, what.trailing)
         return _message(operation)
 
     async def _taken_up(self, operation: Operation) -> Operation:
@@ -101,6 +102,15 @@ async def _or_abort(context: Context, work: Callable[[], Awaitable[Operation]]) 
         what = status.of(e)
         await context.abort(what.code, what.message, what.trailing)
     raise AssertionError("abort returned")
+
+
+def _refusal(operation: Operation) -> status.Status:
+    """What the expert router said of a command that it did not take up."""
+    code = status.CODES[operation.code]
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        field, _, text = operation.message.partition(": ")
+        return status.of(InvalidRequest([(field, text)]))
+    return status.Status(code, operation.message)
 
 
 def _message(operation: Operation) -> pb.Operation:

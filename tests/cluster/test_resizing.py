@@ -79,11 +79,11 @@ def test_what_cannot_be_is_refused_with_its_limit(elastic: Cluster, admin: Admin
     assert refused.value.code == "FAILED_PRECONDITION"
     with pytest.raises(FolkmootError, match="4 need as many hosts, there are 3"):
         admin.scale("replicas", 4)
-    with pytest.raises(InvalidRequest, match="expert: must be below 8.*is 99"):
+    with pytest.raises(InvalidRequest, match=r"expert: must be below 8.*is 99"):
         admin.replicate(99, 1)
     with pytest.raises(InvalidRequest, match="count: must be between 1 and 4096, is 0"):
         admin.scale("hosts", 0)
-    with pytest.raises(NotFound, match="host-9.*host-0, host-2, host-3"):
+    with pytest.raises(NotFound, match=r"host-9.*host-0, host-2, host-3"):
         admin.drain("host-9")
     with pytest.raises(NotFound, match="unknown operation"):
         admin.operation("never")
