@@ -52,17 +52,17 @@ def _step(state: RouterState) -> RouterState:
     leaving = {h.host for h in state.leaving}
     for host in state.hosts.values():
         pending, serving = host.pending, host.serving
-        if host.host in leaving:
-            if pending is not None:
-                return with_life(state, host, replace(pending, phase=Phase.DEAD, since_s=state.now_s))
-            if serving is not None and may_drop(state, host, serving.columns):
-                return _drain(state, host, serving)
-        elif pending is not None and pending.phase is Phase.LOADED:
+        if host.host in leaving and pending is not None:
+            return with_life(state, host, replace(pending, phase=Phase.DEAD, since_s=state.now_s))
+        has_nothing_to_do = host.host in leaving or (not host.columns and pending is None)
+        if has_nothing_to_do and serving is not None and may_drop(state, host, serving.columns):
+            return _drain(state, host, serving)
+        if pending is not None and pending.phase is Phase.LOADED:
             dropped = set(serving.columns) - set(pending.columns) if serving is not None else set()
-            if may_drop(state, host, sorted(dropped)):
-                return _promote(state, host, pending)
             if dropped & set(host.columns):  # planned for a placement that no longer is
                 return with_life(state, host, replace(pending, phase=Phase.DEAD, since_s=state.now_s))
+            if may_drop(state, host, sorted(dropped)):
+                return _promote(state, host, pending)
     return state
 
 
@@ -171,7 +171,8 @@ def _next_columns(state: RouterState, host: HostState) -> tuple[int, ...] | None
     following = ought | held_back
     is_too_much = host.capacity is not None and len(following) > host.capacity
     only_gives = ought <= serving
-    return None if is_too_much or following == serving or (only_gives and held_back) else tuple(sorted(following))
+    waits = is_too_much or following == serving or (only_gives and held_back)
+    return None if waits or not following else tuple(sorted(following))
 
 
 def _is_drained(state: RouterState, life: Life) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from folkmoot.cluster.healing import is_settled, troubles
@@ -140,6 +140,11 @@ def do(world: World, what: str, number: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example([("hosts", 6), ("replicas", 1)])
+@example(
+    [("drain", 2), ("node", 1), ("hosts", 6), ("come_up", 0), ("come_up", 0), ("come_up", 2), ("replicas", 1)]
+    + [("replicas", 2), ("drain", 8), ("drain", 0), ("drain", 1)]
+)
 @given(STEPS)
 def test_whatever_happens_no_plan_takes_an_expert_away_and_in_the_end_all_is_healed(
     steps: list[tuple[str, int]],
