@@ -83,7 +83,7 @@ def _why(host: HostState, phase: str, state: RouterState) -> str:
 
 def _of_columns(state: RouterState) -> tuple[Trouble, ...]:
     """Replicas for which there is no host, or no room on one."""
-    usable = [h for h in state.hosts.values() if h.is_usable(state.now_s) and h not in state.leaving]
+    usable = [h for h in state.hosts.values() if state.is_usable(h) and h not in state.leaving]
     lacking = shortfall(state.wanted, {h.host: h.columns for h in usable})
     if not state.has_slots or not lacking:
         return ()

@@ -35,7 +35,7 @@ def _place(state: RouterState) -> RouterState:
     if not state.has_slots:
         return state
     open_hosts = set(state.wish.open_hosts)
-    usable = [h for h in state.hosts.values() if h.host in open_hosts and h.is_usable(state.now_s)]
+    usable = [h for h in state.hosts.values() if h.host in open_hosts and state.is_usable(h)]
     placed_for = state.wanted, tuple(h.slot for h in usable)
     if placed_for == state.placed_for or not usable:
         return state
@@ -78,7 +78,7 @@ def _held_back(state: RouterState, host: HostState, columns: Sequence[int]) -> s
     wanted, keeping = state.wanted, [h for h in state.hosts.values() if h.host != host.host]
     held_back = set()
     for column in columns:
-        planned = sum(column in h.columns and h.is_usable(state.now_s) for h in keeping)
+        planned = sum(column in h.columns and state.is_usable(h) for h in keeping)
         live = sum(column in h.columns and h.serving is not None and column in h.serving.columns for h in keeping)
         if live < max(1, min(wanted[column], planned)):
             held_back.add(column)

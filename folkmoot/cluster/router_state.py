@@ -22,7 +22,7 @@ QUARANTINE_AFTER = 3
 BACKOFF_S, BACKOFF_FACTOR, BACKOFF_MAX_S = 0.25, 8.0, 60.0
 HEALTHY_S = 60.0
 """Failures are forgotten after so long in service."""
-PLACE_WAIT_S = 10.0
+PLACE_WAIT_S = 5.0
 """How long a host waits for Ray before its columns go elsewhere."""
 ENGINE_SILENT_S = 60.0
 """An engine that has not asked for a map for so long is gone."""
@@ -113,12 +113,6 @@ class HostState:
         """Whether it failed so often that nothing is expected of it for now."""
         return self.failures >= QUARANTINE_AFTER and now_s < self.not_before_s
 
-    def is_usable(self, now_s: float) -> bool:
-        """Whether it may be counted on: it has a node that answers, and is not in quarantine."""
-        stuck = self.pending is not None and self.pending.phase is Phase.STARTING and self.serving is None
-        waits_s = now_s - self.pending.since_s if stuck and self.pending else 0.0
-        return self.node is not None and waits_s <= PLACE_WAIT_S and not self.is_quarantined(now_s)
-
 
 @dataclass(frozen=True)
 class EngineState:
@@ -166,6 +160,15 @@ class RouterState:
         """Hosts that are no longer wanted."""
         wanted = set(self.wish.open_hosts)
         return tuple(h for h in self.hosts.values() if h.host not in wanted)
+
+    def is_usable(self, host: HostState) -> bool:
+        """Whether a host may be counted on: it has a node that answers, and is not in quarantine. Before the cluster
+        was ever complete any node will do, since importing vLLM takes its time."""
+        if host.node is None or not self.was_complete:
+            return host.node is not None
+        stuck = host.serving is None and host.pending is not None and host.pending.phase is Phase.STARTING
+        waits_s = self.now_s - host.pending.since_s if stuck and host.pending is not None else 0.0
+        return waits_s <= PLACE_WAIT_S and not host.is_quarantined(self.now_s)
 
     def live(self, column: int) -> tuple[str, ...]:
         """The hosts that serve a column now."""

@@ -173,6 +173,24 @@ def test_a_host_that_ray_does_not_start_is_stood_in_for_after_a_while() -> None:
     assert plan(apply(Tick(60.0), loading)) == (StopHost("host-0", 1),), "loading may take its time"
 
 
+def test_after_the_loss_of_a_node_replicas_are_on_different_nodes_again() -> None:
+    def seen(*nodes: str | None) -> SlotsSeen:
+        return SlotsSeen(tuple(HostSlot(f"host-{i}", node) for i, node in enumerate(nodes)))
+
+    def are_apart(state: RouterState) -> bool:
+        node_of = {h.host: h.node for h in state.hosts.values()}
+        return all(len({node_of[host] for host in state.live(column)}) == 2 for column in ALL)
+
+    state = carried_out(after(seen("a", "a", "b", "b"), hosts=4))
+    assert are_apart(state)
+    state = apply(seen("a", "a", None, None), died(died(state, "host-2"), "host-3"))
+    state = carried_out(apply(Tick(1.0), state))
+    assert all(len(state.live(column)) == 2 for column in ALL), "better on one node than not at all"
+    state = carried_out(apply(seen("a", "a", "c", "c"), apply(Tick(20.0), state)))
+    state = carried_out(apply(Tick(40.0), state))
+    assert are_apart(state) and is_settled(state)
+
+
 def test_where_capacity_is_short_every_expert_keeps_one_replica_and_the_status_says_so() -> None:
     names = ("host-0", "host-1", "host-2")
     state = carried_out(after(slots(*names, capacity=3), replicas=2, hosts=3))

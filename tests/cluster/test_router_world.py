@@ -97,7 +97,7 @@ def check(before: RouterState, event: Event, after: RouterState) -> None:
 
 def lost(state: RouterState) -> int:
     """Hosts that nothing is expected of: so many replicas may be given up."""
-    return sum(not h.is_usable(state.now_s) for h in state.hosts.values())
+    return sum(not state.is_usable(h) for h in state.hosts.values())
 
 
 STEPS = st.lists(
