@@ -170,7 +170,13 @@ class ExpertRouter:
                 case RemoveHost(host):
                     self._state = apply(HostRemoved(host), self._state)
                     self._actors.end(host)
-                    self._keep(asyncio.to_thread(self._slots.give_back, host, self._state.wish))
+                    self._keep(self._give_back(host))
+
+    async def _give_back(self, host: str) -> None:
+        try:
+            await asyncio.to_thread(self._slots.give_back, host, self._state.wish)
+        except Exception:
+            log.exception("the place of %s was not given back", host)
 
     async def _start_host(self, host: str, incarnation: int, columns: tuple[int, ...]) -> None:
         actor = None
@@ -206,7 +212,15 @@ class ExpertRouter:
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """What this actor does must not end with an error that nobody sees: then Ray starts it again, and it finds
+        everything as it is."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("the expert router failed, and is started again", exc_info=error)
+            os._exit(1)
 
     async def _deploy_engines(self) -> None:
         """For ever: tell Serve of another number or version of engines than it was told last."""
