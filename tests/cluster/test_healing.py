@@ -82,7 +82,8 @@ def test_a_host_that_died_while_the_router_was_away_is_replaced_when_it_is_back(
 
 
 def test_readiness_follows_a_death_while_the_router_is_away(fragile: Cluster, victim: dict[str, Any]) -> None:
-    assert is_ready(fragile) and is_ready(fragile, "folkmoot.v1.Folkmoot")
+    eventually(lambda: is_ready(fragile), 5.0, "ready")
+    assert is_ready(fragile, "folkmoot.v1.Folkmoot")
     expected = answer(fragile)
     with killing(fragile, "ExpertRouter"):
         kill(victim["pid"])
