@@ -52,6 +52,10 @@ class Keys:
         """Hash: engine -> the model it serves."""
         return f"{self.root}:engine-models"
 
+    def gone(self, engine: str) -> str:
+        """String with a TTL: this engine is dead, why, and gets no lease any more."""
+        return f"{self.root}:gone:{engine}"
+
     @property
     def models(self) -> str:
         """Hash: model -> its record as JSON."""

@@ -1,7 +1,7 @@
 """The queue's state machine, as Lua scripts: each runs atomically in the store, so every rule below holds whoever dies.
 
     (submit) -> queued -> running -> done
-                  ^---------'  lease expired, or handed back: same journal, next epoch
+                  ^---------'  lease expired, or handed back (also by who saw its engine die): same journal, next epoch
 
     - Only `lease` makes a request running; it raises the epoch. Only the holder of the current epoch may append.
     - Tokens are appended at exactly offset `next`; the same ones again are taken as a repeated call and ignored.
@@ -110,6 +110,28 @@ local function bury(id, r, message)
   close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 
+-- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
+-- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
+local woken = {}
+local function hand_back(id, r, max_attempts, message)
+  if message ~= '' and r.attempts >= max_attempts then
+    bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
+    return 'buried'
+  end
+  count(r, 'running', -1)
+  count(r, 'waiting', 1)
+  local attempts = message == '' and r.attempts - 1 or r.attempts
+  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
+  -- Stays pending, but idle for ages: the next lease claims it before any new entry.
+  redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', r.engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
+  woken[r.model] = true
+  return 'requeued'
+end
+local function wake()
+  for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'again') end
+end
+local function gone_key(engine) return root .. ':gone:' .. engine end
+
 local function watch(id, r, gateway)
   if gateway == '' or string.find(' ' .. r.watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then return end
   r.watchers = r.watchers == '' and gateway or (r.watchers .. ' ' .. gateway)
@@ -122,7 +144,7 @@ SUBMIT = (
     PRELUDE
     + """
 local gateway = ARGV[1]
-local out, woken = {}, {}
+local out, fed = {}, {}
 for i = 2, #ARGV, 13 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
   local cost, remaining, queueing, grace, retention, max_requests, max_tokens = unpack(ARGV, i + 6, i + 12)
@@ -151,25 +173,27 @@ for i = 2, #ARGV, 13 do
                  'attended', now + grace, 'retention', retention, 'watchers', gateway)
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
-      woken[model] = true
+      fed[model] = true
       out[#out + 1] = 'ok'
     end
   end
 end
-for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
+for model in pairs(fed) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
 return out
 """
 )
 
-# ARGV: model, engine, max requests, max tokens, lease ms, max attempts, claim (1: also look for expired leases).
+# ARGV: model, engine, max requests, max tokens, max attempts, idle ms (look for leases that were not renewed for so
+# long; 0: do not look).
 # Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
 LEASE = (
     PRELUDE
     + """
 local model, engine = ARGV[1], ARGV[2]
 local room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease_ms, max_attempts, claim = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
+local max_attempts, idle_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {}
+if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
 local function take(id, r)
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
@@ -209,12 +233,12 @@ local function create(queue) redis.pcall('XGROUP', 'CREATE', queue, 'engines', '
 
 for _, lane in ipairs({'interactive', 'batch'}) do
   local queue = queue_key(model, lane)
-  if claim then
+  if idle_ms > 0 then
     create(queue)
     local cursor = '0-0'
     repeat
       if room <= 0 or token_room <= 0 then break end
-      local claimed = redis.call('XAUTOCLAIM', queue, 'engines', engine, lease_ms, cursor, 'COUNT', 1)
+      local claimed = redis.call('XAUTOCLAIM', queue, 'engines', engine, idle_ms, cursor, 'COUNT', 1)
       for _, item in ipairs(claimed[2]) do consider(queue, lane, item[1], item[2]) end
       cursor = claimed[1]
     until cursor == '0-0'
@@ -296,37 +320,64 @@ return out
 """
 )
 
-# Gives leases back. ARGV: engine, max attempts, then per lease id, epoch, error ('' = the attempt is not counted).
+# Gives leases back. ARGV: max attempts, then per lease id, epoch, error ('' = the attempt is not counted).
 # Returns per lease: requeued | buried | lost | done.
 RELEASE = (
     PRELUDE
     + """
-local engine, max_attempts = ARGV[1], tonumber(ARGV[2])
-local out, woken = {}, {}
-for i = 3, #ARGV, 3 do
+local max_attempts = tonumber(ARGV[1])
+local out = {}
+for i = 2, #ARGV, 3 do
   local id, epoch, message = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
   local r = read(id)
   if not r or r.epoch ~= epoch or r.state == 'queued' then
     out[#out + 1] = 'lost'
   elseif over(id, r) then
     out[#out + 1] = 'done'
-  elseif message ~= '' and r.attempts >= max_attempts then
-    bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
-    out[#out + 1] = 'buried'
   else
-    count(r, 'running', -1)
-    count(r, 'waiting', 1)
-    local attempts = message == '' and r.attempts - 1 or r.attempts
-    redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
-    -- Stays pending, but idle for ages: the next lease claims it before any new entry.
-    redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
-    woken[r.model] = true
-    out[#out + 1] = 'requeued'
+    out[#out + 1] = hand_back(id, r, max_attempts, message)
   end
 end
-for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'again') end
+wake()
 flush()
 return out
+"""
+)
+
+# Gives back all that a dead engine holds, and lets it have no lease any more. ARGV: model, engine, max attempts, error
+# (as above). Returns the number of leases. What another engine has taken over is pending in that one's name.
+ABANDON = (
+    PRELUDE
+    + """
+local model, engine, max_attempts, message = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+redis.call('SET', gone_key(engine), message, 'PX', 600000)
+redis.call('ZADD', root .. ':engines', 'XX', now, engine)
+local given = 0
+
+local function consider(queue, entry)
+  local item = redis.call('XRANGE', queue, entry, entry)[1]
+  local id = item and item[2][2]
+  local r = id and read(id)
+  if r and r.state == 'running' and r.engine == engine and not over(id, r) then
+    hand_back(id, r, max_attempts, message)
+    given = given + 1
+  end
+end
+
+for _, lane in ipairs({'interactive', 'batch'}) do
+  local queue, from, pending = queue_key(model, lane), '-', nil
+  repeat
+    pending = redis.pcall('XPENDING', queue, 'engines', from, '+', 100, engine)
+    if pending.err then break end  -- no group yet
+    for _, item in ipairs(pending) do
+      consider(queue, item[1])
+      from = '(' .. item[1]
+    end
+  until #pending < 100
+end
+wake()
+flush()
+return given
 """
 )
 
@@ -392,6 +443,7 @@ REGISTER = (
     PRELUDE
     + """
 local model, engine, beat_ms, record = unpack(ARGV)
+if redis.call('EXISTS', gone_key(engine)) == 1 then return now end
 redis.call('ZADD', root .. ':engines', now + beat_ms, engine)
 redis.call('HSET', root .. ':engine-models', engine, model)
 redis.call('HSET', root .. ':models', model, record)
@@ -415,6 +467,7 @@ ALL = {
     "renew": RENEW,
     "append": APPEND,
     "release": RELEASE,
+    "abandon": ABANDON,
     "cancel": CANCEL,
     "attend": ATTEND,
     "follow": FOLLOW,

@@ -61,6 +61,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.keys = Keys(f"p{secrets.token_hex(6)}")
         self.queue = RequestQueue(Store(self.url, self.keys.namespace), SETTINGS)
         self.truth: dict[str, Truth] = {}
+        self.engines = {"engine-1": "engine-1", "engine-2": "engine-2"}
         self.leases: list[tuple[str, Lease]] = []
         self.written: list[tuple[Append, Held]] = []
 
@@ -88,6 +89,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(engine=ENGINES, room=st.integers(1, 3))
     def lease(self, engine: str, room: int) -> None:
         free = [r for r in self.truth.values() if r.state == "queued" or (r.state == "running" and r.expired)]
+        engine = self.engines[engine]
         got = self.run(self.queue.lease(MODEL.name, engine, room, claim=True))
         buried = [r for r in free if r.attempts == SETTINGS.max_attempts]
         assert min(room, len(free) - len(buried)) <= len(got) <= room
@@ -139,9 +141,9 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), failed=st.booleans())
     def release(self, data: st.DataObject, failed: bool) -> None:
-        engine, lease = data.draw(st.sampled_from(self.leases))
+        _, lease = data.draw(st.sampled_from(self.leases))
         known = self.truth[lease.request_id]
-        (answer,) = self.run(self.queue.release(engine, [lease], "boom" if failed else ""))
+        (answer,) = self.run(self.queue.release([lease], "boom" if failed else ""))
         if known.state == "running" and known.epoch == lease.epoch:
             if failed and known.attempts == SETTINGS.max_attempts:
                 assert answer == "buried"
@@ -159,10 +161,30 @@ class QueueMachine(RuleBasedStateMachine):
         running = sorted(i for i, r in self.truth.items() if r.state == "running")
         request_id = data.draw(st.sampled_from(running))
         lane = "batch" if self.truth[request_id].lane == pb.BATCH else "interactive"
-        entry = self.run(self.queue.store.command("HGET", self.keys.request(request_id), "entry"))
+        key = self.keys.request(request_id)
+        entry, engine = self.run(self.queue.store.command("HMGET", key, "entry", "engine"))
         queue = self.keys.queue(MODEL.name, lane)  # type: ignore[arg-type]
-        self.run(self.queue.store.command("XCLAIM", queue, "engines", "gone", 0, entry, "IDLE", 7_200_000, "JUSTID"))
+        self.run(self.queue.store.command("XCLAIM", queue, "engines", engine, 0, entry, "IDLE", 7_200_000, "JUSTID"))
         self.truth[request_id].expired = True
+
+    @rule(engine=ENGINES, failed=st.booleans())
+    def engine_dies(self, engine: str, failed: bool) -> None:
+        """Who saw it die gives its leases back: all of its current ones, and none that others hold now."""
+        name = self.engines[engine]
+        owners = {(lease.request_id, lease.epoch): holder for holder, lease in self.leases}
+        mine = [
+            known
+            for request_id, known in self.truth.items()
+            if known.state == "running" and owners[request_id, known.epoch] == name
+        ]
+        assert self.run(self.queue.abandon(MODEL.name, name, "it died" if failed else "")) == len(mine)
+        for known in mine:
+            if failed and known.attempts == SETTINGS.max_attempts:
+                known.state = "done"
+            else:
+                known.state, known.attempts = "queued", known.attempts - (not failed)
+        assert self.run(self.queue.lease(MODEL.name, name, 9, claim=True)) == [], "a dead engine gets nothing"
+        self.engines[engine] = name + "'"  # its successor has another name
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

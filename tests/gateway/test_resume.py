@@ -13,9 +13,10 @@ import pytest
 from folkmoot.gateway.client import AsyncClient, Cancelled, Chunk, Client, InvalidRequest, NotFound, Unavailable
 from folkmoot.gateway.client_types import build_request
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
-from folkmoot.gateway.queue import Append, Held, RequestQueue
+from folkmoot.gateway.queue import Append, Held, QueueSettings, RequestQueue
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings
 from tests.gateway.conftest import QUICK, GatewayProcess, token_request, until
@@ -113,6 +114,42 @@ def vanish(engine: EchoEngine) -> None:
     """As SIGKILL does: everything of the engine stops, nothing is given back."""
     for task in [engine._loop, *engine._running, *engine.holder._tasks]:
         task.cancel()
+
+
+async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
+    store_server: EmbeddedStore, queue: RequestQueue, gateway: str
+) -> None:
+    """No lease has run out, and one that the dead engine had lost before stays with its successor."""
+    patient = RequestQueue(queue.store, QueueSettings(lease_s=3600.0))
+    async with AsyncExitStack() as engines, AsyncClient(gateway) as client:
+        first = EchoEngine(patient, "engine-1", step_s=0.01)
+        await first.__aenter__()
+        second: EchoEngine | None = None
+        chunks = []
+        async for chunk in client.generate(token_ids=[9], max_tokens=60):
+            chunks.append(chunk)
+            if len(chunks) == 15:
+                vanish(first)
+                second = await engines.enter_async_context(EchoEngine(patient, "engine-2", step_s=0.01))
+                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 1
+            elif len(chunks) == 40:
+                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 0
+        assert second is not None
+        assert tokens_of(chunks) == answer([9], 60)
+        assert [(lease.epoch, lease.attempt) for lease in second.leases] == [(2, 2)]
+        assert list(await queue.engines()) == ["engine-2"]
+
+
+async def test_an_engine_that_leaves_by_an_error_says_why(queue: RequestQueue) -> None:
+    await queue.submit(_submission("x"))
+    for attempt in range(1, QUICK.max_attempts + 1):
+        holder = await LeaseHolder(queue, f"engine-{attempt}", MODEL).__aenter__()
+        (lease,) = await holder.lease(1)
+        assert lease.attempt == attempt
+        await holder.__aexit__(RuntimeError, RuntimeError("the core is dead"), None)
+    finish = (await queue.status("x")).finish
+    assert finish.message == "given up after 3 attempts; last: the engine failed: the core is dead"
+    assert (await queue.load(MODEL.name)).waiting_requests == 0
 
 
 async def test_zombie_cannot_write(queue: RequestQueue, engine: EchoEngine, gateway: str) -> None:
@@ -313,16 +350,40 @@ def poll_until_served(client: Client) -> None:
     pytest.fail("no engine appeared")
 
 
-def _run_engine(url: str, namespace: str, stop: threading.Event) -> None:
+def _run_engine(url: str, namespace: str, stop: threading.Event, step_s: float = 0.0) -> None:
     from folkmoot.gateway.store import Store
 
     async def run() -> None:
         store = Store(url, namespace)
-        async with EchoEngine(RequestQueue(store, QUICK)):
+        async with EchoEngine(RequestQueue(store, QUICK), step_s=step_s):
             await asyncio.to_thread(stop.wait)
         await store.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_sync_client_goes_on_at_another_gateway(
+    store_server: EmbeddedStore, namespace: str, gateway_process: StartProcess, sig: signal.Signals
+) -> None:
+    first, second = gateway_process("--shutdown-s", "0.1"), gateway_process()
+    stop = threading.Event()
+    engine = threading.Thread(target=_run_engine, args=(store_server.url, namespace, stop, 0.02))
+    engine.start()
+    try:
+        with Client([first.address, second.address]) as client:
+            poll_until_served(client)
+            chunks = []
+            for chunk in client.generate(token_ids=[5, 6], max_tokens=60, request_id="x"):
+                chunks.append(chunk)
+                if len(chunks) == 15:
+                    os.kill(first.process.pid, sig)
+            assert tokens_of(chunks) == answer([5, 6], 60)
+            assert client.request("x").attempts == 1
+            assert first.process.wait(10) == (-signal.SIGKILL if sig == signal.SIGKILL else 0)
+    finally:
+        stop.set()
+        engine.join()
 
 
 async def test_nobody_there() -> None:
