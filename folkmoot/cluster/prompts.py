@@ -11,7 +11,8 @@ from vllm.exceptions import VLLMClientError
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
 
-from folkmoot.cluster.replay import FORCED, Repetition
+from folkmoot.cluster.repetition import Repetition
+from folkmoot.cluster.replay import FORCED
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Lease, sampling_fields
 

@@ -11,17 +11,11 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from folkmoot.gateway.pb import gateway_pb2 as pb
-
 PROCESSOR = "folkmoot.cluster.replay:ForcedReplay"
 """As vLLM's engine argument `logits_processors` wants it."""
 
 FORCED = "folkmoot_forced"
 """The key in `extra_args`: token ids, the first ones of the answer."""
-
-
-class ReplayError(RuntimeError):
-    """A replay did not repeat what is journalled: to go on would be wrong."""
 
 
 class ForcedReplay(AdapterLogitsProcessor):
@@ -47,19 +41,3 @@ def _forcing(forced: Sequence[int]) -> Callable[[Sequence[int], torch.Tensor], t
         return logits
 
     return force
-
-
-class Repetition:
-    """What of a replay has been journalled already, and is to be left out of what goes into the journal now."""
-
-    def __init__(self, token_ids: Sequence[int] = (), text: str = "") -> None:
-        self._token_ids, self._text = list(token_ids), text
-
-    def cut(self, piece: pb.GenerateResponse) -> None:
-        """Shorten a piece by what it repeats. Raises ReplayError where it is not what was journalled."""
-        size = min(len(self._token_ids), len(piece.token_ids))
-        length = min(len(self._text), len(piece.text))
-        if piece.token_ids[:size] != self._token_ids[:size] or piece.text[:length] != self._text[:length]:
-            raise ReplayError(f"forced {self._token_ids[:size]} {self._text[:length]!r}, got {piece}")
-        del self._token_ids[:size], piece.token_ids[:size], piece.logprobs[:size]
-        self._text, piece.text = self._text[length:], piece.text[length:]
