@@ -48,6 +48,7 @@ class Generator:
         self._llm, self._preparer, self._max_running, self._may_lease = llm, preparer, max_running, may_lease
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._room = asyncio.Event()
+        self._core_died = False
         self.counters = Counters()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
@@ -60,7 +61,7 @@ class Generator:
     async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:
         """Lease and generate until `stopping`. Raises CoreDied once vLLM's core is dead."""
         while not stopping.is_set():
-            if self._llm.errored:
+            if self._core_died or self._llm.errored:
                 raise CoreDied("vLLM's core is dead")
             room = self._max_running - len(self._tasks)
             if room <= 0 or not self._may_lease():
@@ -109,6 +110,7 @@ class Generator:
         except (VLLMClientError, ValueError) as e:
             holder.fail(lease, f"vLLM refuses the request: {e}", INVALID_ARGUMENT)
         except EngineDeadError:  # `run` raises it too, and who called that gives everything back at once
+            self._core_died = True
             holder.stop_leasing()
             self._room.set()
         except Exception as e:
