@@ -190,8 +190,8 @@ def _load(spec: EngineSpec) -> Any:
         kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if on_cpu else None,
         # The processor is for vLLM's first model runner, which is the only one on a CPU.
         logits_processors=[replay.PROCESSOR] if on_cpu else None,
-        # For an unfinished prefill vLLM 0.32 takes a seeded request's draw back by the generator's offset, which that of
-        # a CPU has not: it raises, and that ends the core.
+        # Not in chunks: for an unfinished prefill vLLM 0.32 takes the draw of a seeded request back by its generator's
+        # offset, which that of a CPU has not. It raises, and the core ends.
         enable_chunked_prefill=False if on_cpu else None,
         disable_log_stats=True,
         **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
