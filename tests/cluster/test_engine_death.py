@@ -77,14 +77,15 @@ class Answer:
         return [(one.token_id, round(one.logprob, 3)) for entry in entries for one in entry]
 
 
-def ask(cluster: Cluster, options: dict[str, Any], prompt: str = PROMPT) -> Answer:
+def ask(cluster: Cluster, options: dict[str, Any], token_ids: list[int] | None = None) -> Answer:
     """Send a request, and read its answer in a thread."""
+    prompt = PROMPT if token_ids is None else None
     answer = Answer(f"r-{secrets.token_hex(4)}")
 
     def read() -> None:
         try:
             with cluster.client() as client:
-                for chunk in client.generate(prompt, request_id=answer.request_id, **options):
+                for chunk in client.generate(prompt, token_ids=token_ids, request_id=answer.request_id, **options):
                     answer.chunks.append(chunk)
         except BaseException as e:
             answer.done.set_exception(e)
@@ -224,6 +225,18 @@ def test_an_engine_that_is_told_to_stop_loses_nothing(
     assert {(r.engine, r.attempts) for r in requests} == {((other if is_stuck else leaving)["engine"], 1)}
     assert finish(cluster, [new])[0].engine == other["engine"], "it leases no more"
     eventually(lambda: not is_alive(leaving["pid"]), 30.0, "it ends")
+
+
+def test_many_long_seeded_prompts_at_once_end_no_core(cluster: Cluster) -> None:
+    """More prompt tokens than a step takes: vLLM cannot prefill a seeded request in parts on a CPU."""
+    two_engines(cluster)
+    options = {**PLAIN, "temperature": 1.0, "seed": 7, "max_tokens": 8}
+    prompts = [[5 + (i + j) % 400 for j in range(500 + i)] for i in range(16)]
+    together = [ask(cluster, options, prompt) for prompt in prompts]
+    assert {r.attempts for r in finish(cluster, together)} == {1}
+    alone = ask(cluster, options, prompts[0])
+    finish(cluster, [alone])
+    assert together[0].tokens == alone.tokens
 
 
 def test_a_request_whose_engine_dies_again_and_again_is_given_up(cluster: Cluster) -> None:

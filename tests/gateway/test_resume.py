@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -138,6 +139,17 @@ async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
         assert tokens_of(chunks) == answer([9], 60)
         assert [(lease.epoch, lease.attempt) for lease in second.leases] == [(2, 2)]
         assert list(await queue.engines()) == ["engine-2"]
+
+
+async def test_an_engine_that_was_held_up_does_not_take_over_from_itself(queue: RequestQueue, gateway: str) -> None:
+    async with EchoEngine(queue, step_s=0.02) as engine, AsyncClient(gateway) as client:
+        chunks = []
+        async for chunk in client.generate(token_ids=[9], max_tokens=40, detach=True):
+            chunks.append(chunk)
+            if len(chunks) == 10:
+                time.sleep(3 * QUICK.lease_s)  # nothing of this process runs, and the lease runs out
+        assert tokens_of(chunks) == answer([9], 40)
+        assert len(engine.leases) == 1
 
 
 async def test_an_engine_that_leaves_by_an_error_says_why(queue: RequestQueue) -> None:
