@@ -71,38 +71,43 @@ class Store:
         self.keys = Keys(namespace)
         self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
-        self._broken_s = time.monotonic()
+        self._reached_since_s: float | None = None
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in scripts.ALL.items()}
 
     @property
     def steady_for_s(self) -> float:
         """How long the store has been within reach without a break, as far as this connection knows."""
-        return time.monotonic() - self._broken_s
+        return 0.0 if self._reached_since_s is None else time.monotonic() - self._reached_since_s
 
     async def run(self, script: str, *args: bytes | str | int) -> Any:
         """Run one of scripts.ALL in one round trip. Raises StoreError."""
+        rest = (1, self.keys.root, *args)
         try:
             with translated():
                 try:
-                    return await self._client.execute_command("EVALSHA", self._hashes[script], 1, self.keys.root, *args)
+                    reply = await self._client.execute_command("EVALSHA", self._hashes[script], *rest)
                 except rex.NoScriptError:  # first use, or the store was restarted
-                    return await self._client.execute_command("EVAL", scripts.ALL[script], 1, self.keys.root, *args)
+                    reply = await self._client.execute_command("EVAL", scripts.ALL[script], *rest)
         except errors.StoreUnavailable as e:
             await self._broke(e)
             raise
+        self._reached_since_s = self._reached_since_s or time.monotonic()
+        return reply
 
     async def command(self, *args: bytes | str | int) -> Any:
         """Run one plain command, with the reply as it comes (bytes, int, lists). Raises StoreError."""
         try:
             with translated():
-                return await self._client.execute_command(*args)
+                reply = await self._client.execute_command(*args)
         except errors.StoreUnavailable as e:
             await self._broke(e)
             raise
+        self._reached_since_s = self._reached_since_s or time.monotonic()
+        return reply
 
     async def _broke(self, error: errors.StoreUnavailable) -> None:
         """Note a break, and leave a server that has become a replica: the primary may have its address now."""
-        self._broken_s = time.monotonic()
+        self._reached_since_s = None
         if isinstance(error, errors.StoreReadOnly):
             for client in (self._client, self._listener):
                 with suppress(rex.RedisError, OSError):
@@ -139,7 +144,7 @@ class Store:
                                 backoff_s = BACKOFF_FIRST_S
                                 await on_connect()
             except (rex.RedisError, OSError, errors.StoreError) as e:
-                self._broken_s = time.monotonic()
+                self._reached_since_s = None
                 log.warning("subscription lost (%s), again in %.2f s", e, backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
