@@ -56,6 +56,10 @@ class Keys:
         """String with a TTL: this engine is dead, why, and gets no lease any more."""
         return f"{self.root}:gone:{engine}"
 
+    def trial(self, engine: str) -> str:
+        """String with a TTL: id of the request on its last attempt that this engine runs, or ran last."""
+        return f"{self.root}:trial:{engine}"
+
     @property
     def models(self) -> str:
         """Hash: model -> its record as JSON."""

@@ -110,6 +110,11 @@ local function bury(id, r, message)
   close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 
+-- A queue entry stays pending, but idle for ages: the next lease claims it before any new entry.
+local function leave(r)
+  redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', r.engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
+end
+
 -- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
 -- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
 local woken = {}
@@ -122,8 +127,7 @@ local function hand_back(id, r, max_attempts, message)
   count(r, 'waiting', 1)
   local attempts = message == '' and r.attempts - 1 or r.attempts
   redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
-  -- Stays pending, but idle for ages: the next lease claims it before any new entry.
-  redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', r.engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
+  leave(r)
   woken[r.model] = true
   return 'requeued'
 end
@@ -195,7 +199,18 @@ local max_attempts, idle_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {}
 if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
+-- A request on its last attempt may be the one that kills engines. An engine runs one of them at a time, so that no
+-- other goes into the dead letters with it.
+local trial_key = root .. ':trial:' .. engine
+local function is_last_attempt(r) return r.attempts > 0 and r.attempts == max_attempts - 1 end
+local function on_trial()
+  local id = redis.call('GET', trial_key)
+  local r = id and read(id)
+  return r and r.state == 'running' and r.engine == engine
+end
+
 local function take(id, r)
+  if is_last_attempt(r) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   r.state, r.epoch, r.attempts = 'running', r.epoch + 1, r.attempts + 1
   count(r, 'running', 1)
@@ -223,6 +238,8 @@ local function consider(queue, lane, entry, fields)
     if r.attempts >= max_attempts then
       local last = redis.call('HGET', request_key(id), 'error')
       bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. (last or 'the engine was lost'))
+    elseif is_last_attempt(r) and on_trial() then
+      leave(r)
     else
       take(id, r)
     end

@@ -141,6 +141,30 @@ async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
         assert list(await queue.engines()) == ["engine-2"]
 
 
+async def test_what_kills_its_engines_takes_nobody_along(queue: RequestQueue) -> None:
+    """One of six requests kills whoever runs it. The other five were in the same engines twice, and all end well."""
+    names = [f"r{i}" for i in range(6)]
+    for name in names:
+        await queue.submit(_submission(name))
+    rounds: list[list[str]] = []
+    while len(rounds) < 20:
+        engine = f"engine-{len(rounds)}"
+        leases = await queue.lease(MODEL.name, engine, 10, claim=True)
+        if not leases:
+            break
+        rounds.append([lease.request_id for lease in leases])
+        if "r3" in rounds[-1]:
+            await queue.abandon(MODEL.name, engine, "segmentation fault")
+        else:
+            done = pb.GenerateResponse(token_ids=[1], finish=pb.Finish(reason=pb.STOP))
+            await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])
+    assert rounds == [names, names, ["r0"], ["r1"], ["r2"], ["r3"], ["r4"], ["r5"]]
+    finishes = {name: (await queue.status(name)).finish for name in names}
+    assert {name for name, finish in finishes.items() if finish.reason == pb.STOP} == set(names) - {"r3"}
+    assert finishes["r3"].message == "given up after 3 attempts; last: segmentation fault"
+    assert len(await queue.store.command("XRANGE", queue.store.keys.dead(MODEL.name), "-", "+")) == 1
+
+
 async def test_an_engine_that_was_held_up_does_not_take_over_from_itself(queue: RequestQueue, gateway: str) -> None:
     async with EchoEngine(queue, step_s=0.02) as engine, AsyncClient(gateway) as client:
         chunks = []
