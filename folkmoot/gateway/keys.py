@@ -13,7 +13,7 @@ GROUP = "engines"  # the consumer group of every queue
 
 @dataclass(frozen=True)
 class Keys:
-    """Key names under one namespace. `scripts.PRELUDE` builds the same names in Lua from `root`."""
+    """Key names under one namespace. `prelude.PRELUDE` builds the same names in Lua from `root`."""
 
     namespace: str = "folkmoot"
 
