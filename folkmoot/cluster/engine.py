@@ -8,6 +8,7 @@ replaces the replica.
 import asyncio
 import json
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from folkmoot.cluster.engine_process import give_back
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.router_events import EngineReported, HostDied
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
@@ -55,7 +57,7 @@ class Engine:
         self._router = ray.get_actor(ROUTER, spec.namespace)
         self._version = -1
         self._phase = "loading"
-        self._info: dict[str, Any] = {"log": str(self._log), "version": version}
+        self._info: dict[str, Any] = {"log": str(self._log), "version": version, "actor_pid": os.getpid()}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parent = await warm_parent(spec)
         self._child = await asyncio.to_thread(
@@ -100,7 +102,10 @@ class Engine:
                 if message is not None:
                     loop.call_soon_threadsafe(self._on_message, message)
         except (EOFError, OSError):
+            child.kill()  # it has closed its end, so it is dead or as good as dead
             loop.call_soon_threadsafe(self._on_message, {"event": "error", "message": "its process is gone"})
+            spec = self._spec
+            give_back(spec.redis, spec.store_namespace, spec.model, self._engine, "the engine died")
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:

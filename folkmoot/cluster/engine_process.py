@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
-STORE_PAUSE_S = 0.5
+GIVE_BACK_S = 2.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 
@@ -91,10 +91,35 @@ def main(raw: dict[str, Any], control: Control) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     spec = EngineSpec(**raw)
     maps = MapState(spec, control)
-    exit_with_owner(control, maps.on_message)
+    exit_with_owner(
+        control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.model, spec.engine)
+    )
     _set_environment(spec)
     _tie_core_to_us(control)
     asyncio.run(_serve(spec, control, maps))
+
+
+def give_back(redis: str, namespace: str, model: str, engine: str, error: str = "") -> None:
+    """Give back all leases of an engine that is dead or about to end, so that others need not wait for their end.
+
+    With an `error` their attempts count. Blocks, for a few seconds at most where the store is away: then they expire.
+    """
+    from folkmoot.gateway.errors import StoreError
+    from folkmoot.gateway.queue import RequestQueue
+    from folkmoot.gateway.store import Store
+
+    async def run() -> None:
+        store = Store(redis, namespace)
+        try:
+            async with asyncio.timeout(GIVE_BACK_S):
+                given = await RequestQueue(store).abandon(model, engine, error)
+            log.info("gave back %d leases of %s", given, engine)
+        except (StoreError, TimeoutError) as e:
+            log.warning("the leases of %s are left to expire: %s", engine, e)
+        finally:
+            await store.close()
+
+    asyncio.run(run())
 
 
 def _set_environment(spec: EngineSpec) -> None:
@@ -138,7 +163,8 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         return maps.is_complete and not llm.errored and not stopping.is_set()
 
     stopping = asyncio.Event()
-    generator = Generator(llm, Preparer(llm, _has_tokenizer(spec)), spec.max_num_seqs, can_serve)
+    preparer = Preparer(llm, _has_tokenizer(spec), can_replay=spec.device == "cpu")
+    generator = Generator(llm, preparer, spec.max_num_seqs, can_serve)
     record = ModelRecord(
         spec.model,
         llm.model_config.max_model_len,
@@ -169,6 +195,7 @@ def _load(spec: EngineSpec) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from folkmoot.cluster import replay
     from folkmoot.experts import vllm_api
     from folkmoot.experts.vllm_api.runtime import register_eagerly
 
@@ -184,6 +211,11 @@ def _load(spec: EngineSpec) -> Any:
         enforce_eager=on_cpu,
         skip_tokenizer_init=not _has_tokenizer(spec),
         kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if on_cpu else None,
+        # The processor is for vLLM's first model runner, which is the only one on a CPU.
+        logits_processors=[replay.PROCESSOR] if on_cpu else None,
+        # Not in chunks: for an unfinished prefill vLLM 0.32 takes the draw of a seeded request back by its generator's
+        # offset, which that of a CPU has not. It raises, and the core ends.
+        enable_chunked_prefill=False if on_cpu else None,
         disable_log_stats=True,
         **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
     )

@@ -26,6 +26,10 @@ INTERNAL, DEADLINE_EXCEEDED = 13, 4
 STORE_PAUSE_S = 0.5
 
 
+class CoreDied(RuntimeError):
+    """The process that runs the model is gone; this engine cannot go on."""
+
+
 @dataclass
 class Counters:
     """What an engine has done since its start."""
@@ -44,6 +48,7 @@ class Generator:
         self._llm, self._preparer, self._max_running, self._may_lease = llm, preparer, max_running, may_lease
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._room = asyncio.Event()
+        self._core_died = False
         self.counters = Counters()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
@@ -54,10 +59,10 @@ class Generator:
             task.cancel()
 
     async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:
-        """Lease and generate until `stopping`. Raises EngineDeadError once vLLM's core is dead."""
+        """Lease and generate until `stopping`. Raises CoreDied once vLLM's core is dead."""
         while not stopping.is_set():
-            if self._llm.errored:
-                raise EngineDeadError
+            if self._core_died or self._llm.errored:
+                raise CoreDied("vLLM's core is dead")
             room = self._max_running - len(self._tasks)
             if room <= 0 or not self._may_lease():
                 self._room.clear()
@@ -104,44 +109,47 @@ class Generator:
             holder.fail(lease, str(e), e.code)
         except (VLLMClientError, ValueError) as e:
             holder.fail(lease, f"vLLM refuses the request: {e}", INVALID_ARGUMENT)
-        except EngineDeadError:
-            log.error("vLLM's core is dead; %s goes back to the queue", lease.request_id)
+        except EngineDeadError:  # `run` raises it too, and who called that gives everything back at once
+            self._core_died = True
+            holder.stop_leasing()
             self._room.set()
-            await _quietly(holder.release([lease], "the engine's core died"))
         except Exception as e:
             log.exception("%s failed", lease.request_id)
             self.counters.failed += 1
             holder.fail(lease, f"the engine failed: {type(e).__name__}: {e}", INTERNAL)
 
     async def _generate(self, holder: LeaseHolder, lease: Lease, prepared: Prepared) -> None:
-        if prepared.params.max_tokens == 0:  # the engine before us was lost between the last token and the finish
+        if prepared.is_complete:  # the engine before us was lost between the last token and the finish
             usage = pb.Usage(prompt_tokens=prepared.num_prompt, completion_tokens=lease.offset)
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         done, held_back = lease.offset, ""
         request_id = f"{lease.request_id}/{lease.epoch}"
         async for output in self._llm.generate(prepared.prompt, prepared.params, request_id):
-            piece = _piece(output, prepared.num_prompt, done)
+            piece = _piece(output, prepared.num_prompt, is_first=not done)
+            prepared.repetition.cut(piece)
             piece.text = held_back + piece.text
             if not piece.token_ids and not piece.HasField("finish"):
                 held_back = piece.text  # a journal entry needs a token
                 continue
             held_back = ""
             done += len(piece.token_ids)
+            if piece.HasField("finish"):
+                piece.usage.completion_tokens = done
             self.counters.generated_tokens += len(piece.token_ids)
             if not holder.write(lease, piece):
                 return
 
 
-def _piece(output: RequestOutput, num_prompt: int, done: int) -> pb.GenerateResponse:
-    """One step of one request, as it goes into the journal. `done` tokens went before."""
+def _piece(output: RequestOutput, num_prompt: int, *, is_first: bool) -> pb.GenerateResponse:
+    """One step of one request, as it goes into the journal. Prompt logprobs go out with the first."""
     made = output.outputs[0]
     piece = pb.GenerateResponse(token_ids=made.token_ids, text=made.text)
     if made.logprobs:
         piece.logprobs.extend(
             _logprobs(entries, token) for token, entries in zip(made.token_ids, made.logprobs, strict=True)
         )
-    if output.prompt_logprobs and not done:
+    if output.prompt_logprobs and is_first:
         chosen = output.prompt_token_ids or []
         piece.prompt_logprobs.extend(
             _logprobs(entries or {}, token) for token, entries in zip(chosen, output.prompt_logprobs, strict=True)
@@ -149,7 +157,6 @@ def _piece(output: RequestOutput, num_prompt: int, done: int) -> pb.GenerateResp
     if output.finished:
         piece.finish.CopyFrom(_finish(made))
         piece.usage.prompt_tokens = num_prompt
-        piece.usage.completion_tokens = done + len(made.token_ids)
     return piece
 
 
@@ -176,11 +183,13 @@ def _finish(made: CompletionOutput) -> pb.Finish:
 
 
 async def _leased(holder: LeaseHolder, room: int, stopping: asyncio.Event) -> list[Lease]:
-    """Leases, waiting a while for the first; none once `stopping` is set. Whatever was leased is never lost."""
+    """Leases, waiting a while for the first; `stopping` ends the wait. Whatever was leased is never lost."""
     leasing = asyncio.create_task(holder.lease(room))
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({leasing, stop}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
+    if stopping.is_set():
+        holder.stop_leasing()
     return await leasing
 
 
@@ -189,10 +198,3 @@ async def _first(*waits: Any, timeout_s: float) -> None:
     await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-
-
-async def _quietly(action: Any) -> None:
-    try:
-        await action
-    except StoreError as e:
-        log.warning("%s", e)

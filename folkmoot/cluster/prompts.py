@@ -11,6 +11,8 @@ from vllm.exceptions import VLLMClientError
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
 
+from folkmoot.cluster.repetition import Repetition
+from folkmoot.cluster.replay import FORCED
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Lease, sampling_fields
 
@@ -27,19 +29,25 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What vLLM is asked to generate. `num_prompt` counts the client's own prompt, without tokens taken over."""
+    """What vLLM is asked to generate. `num_prompt` counts the client's own prompt, without tokens taken over.
+
+    `repetition` is what of its output is journalled already. `is_complete`: all tokens are, only the finish is not.
+    """
 
     prompt: TokensPrompt
     params: SamplingParams
     num_prompt: int
+    repetition: Repetition
+    is_complete: bool = False
 
 
 class Preparer:
-    """Prepares requests for one model. `llm` is vLLM's AsyncLLM."""
+    """Prepares requests for one model. `llm` is vLLM's AsyncLLM; `can_replay`: it was given replay.PROCESSOR."""
 
-    def __init__(self, llm: Any, has_tokenizer: bool) -> None:
+    def __init__(self, llm: Any, has_tokenizer: bool, can_replay: bool) -> None:
         self._llm = llm
         self._has_tokenizer = has_tokenizer
+        self._can_replay = can_replay
         self._max_model_len: int = llm.model_config.max_model_len
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._defaults: dict[str, Any] = llm.model_config.get_diff_sampling_param()
@@ -49,10 +57,47 @@ class Preparer:
         token_ids = await self._tokens(lease.request)
         self._check_length(token_ids)
         params = self._sampling(lease.request, len(token_ids))
-        if lease.token_ids:
-            _check_resumable(params)
-            self._shorten(params, len(lease.token_ids))
-        return Prepared(TokensPrompt(prompt_token_ids=[*token_ids, *lease.token_ids]), params, len(token_ids))
+        if not lease.token_ids:
+            return Prepared(TokensPrompt(prompt_token_ids=token_ids), params, len(token_ids), Repetition())
+        params.prompt_logprobs = None  # they went out with the first piece
+        assert params.max_tokens is not None
+        is_complete = lease.offset >= params.max_tokens
+        resume = self._replay if self._needs_replay(params, [*token_ids, *lease.token_ids]) else self._prefill
+        prompt, repetition = resume(token_ids, params, lease)
+        return Prepared(TokensPrompt(prompt_token_ids=prompt), params, len(token_ids), repetition, is_complete)
+
+    def _prefill(self, token_ids: list[int], params: SamplingParams, lease: Lease) -> tuple[list[int], Repetition]:
+        """The answer so far becomes part of the prompt: one step, and exact where only the tokens matter."""
+        assert params.max_tokens is not None
+        params.max_tokens -= lease.offset
+        params.min_tokens = max(0, params.min_tokens - lease.offset)
+        return [*token_ids, *lease.token_ids], Repetition()
+
+    def _replay(self, token_ids: list[int], params: SamplingParams, lease: Lease) -> tuple[list[int], Repetition]:
+        """The answer so far is made again, a step a token: exact whatever it depends on."""
+        params.extra_args = {**(params.extra_args or {}), FORCED: list(lease.token_ids)}
+        return token_ids, Repetition(lease.token_ids, lease.text)
+
+    def _needs_replay(self, params: SamplingParams, so_far: list[int]) -> bool:
+        """Whether the rest of the answer depends on more than the tokens `so_far`, prompt and answer.
+
+        Raises BadRequest where it does, and this engine cannot replay.
+        """
+        reasons = [name for name, is_set in _carried(params).items() if is_set]
+        if self._has_tokenizer and not reasons and self._ends_inside_character(so_far, params.skip_special_tokens):
+            reasons.append("an incomplete character")
+        if reasons and not self._can_replay:
+            raise BadRequest(
+                f"the engine was lost in the middle of the answer, and a request with {', '.join(reasons)} cannot go "
+                "on in another one on this device; send it again",
+                ABORTED,
+            )
+        return bool(reasons)
+
+    def _ends_inside_character(self, token_ids: list[int], skip_special_tokens: bool) -> bool:
+        """Whether the text of these tokens ends with bytes that are no whole character yet, and so is held back."""
+        text: str = self._llm.get_tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text.endswith("\N{REPLACEMENT CHARACTER}")
 
     async def _tokens(self, request: pb.GenerateRequest) -> list[int]:
         kind = request.WhichOneof("prompt")
@@ -109,25 +154,14 @@ class Preparer:
         except (ValueError, TypeError) as e:
             raise BadRequest(f"sampling: {e}") from e
 
-    def _shorten(self, params: SamplingParams, done: int) -> None:
-        assert params.max_tokens is not None
-        params.max_tokens -= done
-        params.min_tokens = max(0, params.min_tokens - done)
-        params.prompt_logprobs = None  # they went out with the first piece
 
-
-def _check_resumable(params: SamplingParams) -> None:
-    """What depends on more of the answer than its tokens cannot go on in another engine: say so, rather than guess."""
-    carried = {
+def _carried(params: SamplingParams) -> dict[str, bool]:
+    """What a request carries along beside its tokens: the name of each option that brings it, and whether it is set."""
+    return {
         "seed": params.seed is not None and params.temperature > 0,
         "presence_penalty": params.presence_penalty != 0,
         "frequency_penalty": params.frequency_penalty != 0,
         "stop": bool(params.stop),
         "bad_words": bool(params.bad_words),
+        "spaces_between_special_tokens": not (params.spaces_between_special_tokens or params.skip_special_tokens),
     }
-    if named := [name for name, is_set in carried.items() if is_set]:
-        raise BadRequest(
-            f"the engine was lost in the middle of the answer, and a request with {', '.join(named)} cannot go on "
-            "in another one; send it again",
-            ABORTED,
-        )

@@ -278,8 +278,15 @@ def _run_child(entry: str, spec: dict[str, Any], log_path: str, control: Control
         os._exit(status)
 
 
-def exit_with_owner(control: Control, on_message: Callable[[dict[str, Any]], None] | None = None) -> threading.Thread:
-    """Watch control in a daemon thread: pass each message on, and end this process at once when the owner is gone."""
+def exit_with_owner(
+    control: Control,
+    on_message: Callable[[dict[str, Any]], None] | None = None,
+    before_exit: Callable[[], None] = lambda: None,
+) -> threading.Thread:
+    """Watch control in a daemon thread: pass each message on, and end this process when the owner is gone.
+
+    `before_exit` runs on that thread first; it should not take long, and whatever it raises, the process ends.
+    """
 
     def watch() -> None:
         try:
@@ -288,7 +295,10 @@ def exit_with_owner(control: Control, on_message: Callable[[dict[str, Any]], Non
                 if message is not None and on_message is not None:
                     on_message(message)
         except EOFError:
-            os._exit(0)
+            try:
+                before_exit()
+            finally:
+                os._exit(0)
 
     thread = threading.Thread(target=watch, name="owner-watch", daemon=True)
     thread.start()

@@ -6,7 +6,8 @@ GatewayError
 │   │   ├── StoreAway          no connection, or no answer in time
 │   │   ├── StoreLoading       it is reading its data from disk
 │   │   ├── StoreReadOnly      a replica, or a cluster that is failing over
-│   │   └── StoreFull          out of memory (maxmemory)
+│   │   ├── StoreFull          out of memory (maxmemory)
+│   │   └── StoreDiskFull      it cannot write to its disk
 │   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
 ├── QueueFull                  admission refused; carries a retry hint
 ├── UnknownRequest             no such id, or its journal has expired
@@ -41,6 +42,10 @@ class StoreReadOnly(StoreUnavailable):
 
 class StoreFull(StoreUnavailable):
     """The store is out of memory."""
+
+
+class StoreDiskFull(StoreUnavailable):
+    """The store cannot save: its disk is full, or fails. The message is the server's."""
 
 
 class StoreRefused(StoreError):

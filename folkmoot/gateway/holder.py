@@ -11,6 +11,7 @@ The engine's own loop stays small:
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 10.0  # an engine that does not register again for so long counts as gone
 LEAVE_S = 5.0  # how long leaving may wait for the store
-POLL_S = 1.0  # how long a lost wake-up can delay a lease
+POLL_S = 1.0  # how long a lost wake-up can delay a lease, at most; an expired lease is seen after lease_s / 4
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # pause between two tries while the store is away
 APPENDS_A_CALL = 512
 
@@ -57,7 +58,9 @@ class LeaseHolder:
         self._written.set()
         self._to_write = asyncio.Event()
         self._work = asyncio.Event()
-        self._look_for_expired = True
+        self._look_for_others = True
+        self._no_more = False
+        self._renewed_s = time.monotonic()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -74,10 +77,15 @@ class LeaseHolder:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves: written tokens are journalled (for a few seconds), leases still held are given back."""
+        """Leaves: written tokens are journalled (for a few seconds), leases still held are given back.
+
+        Left by an error, the attempts count, and the error is the reason.
+        """
+        reason = f"the engine failed: {error or kind}" if isinstance(error, Exception) else ""
+        self.stop_leasing()
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(LEAVE_S):
-                await self.release(list(self._held.values()))
+                await self.release(list(self._held.values()), reason)
                 await self._queue.unregister(self._engine)
         await tasks.cancel(self._tasks)
         await self._stack.aclose()
@@ -93,22 +101,31 @@ class LeaseHolder:
 
     async def lease(self, max_requests: int, max_tokens: int = 1 << 40, wait_s: float = 1.0) -> list[Lease]:
         """Up to `max_requests` new leases; waits up to `wait_s` for the first. Raises StoreError."""
-        until = asyncio.get_running_loop().time() + wait_s
+        until = time.monotonic() + wait_s
         while True:
             self._work.clear()
-            claim = True if self._look_for_expired else None
-            self._look_for_expired = False
+            claim = True if self._look_for_others else None
+            self._look_for_others = False
+            if self._no_more:
+                return []
+            if time.monotonic() - self._renewed_s > self._queue.settings.lease_s / 2:
+                await self._renew()  # this loop was held up: do not take over from ourselves
             leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, claim=claim)
             for lease in leases:
                 self._held[lease.request_id, lease.epoch] = lease
                 self._next[lease.request_id, lease.epoch] = lease.offset
-            left_s = until - asyncio.get_running_loop().time()
+            left_s = until - time.monotonic()
             if leases or left_s <= 0:
                 return leases
             # Not wait_for: before Python 3.12 it may swallow a cancellation.
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, POLL_S)):
+                async with asyncio.timeout(min(left_s, POLL_S, self._queue.settings.lease_s / 4)):
                     await self._work.wait()
+
+    def stop_leasing(self) -> None:
+        """`lease` returns nothing from now on, also where it waits just now."""
+        self._no_more = True
+        self._work.set()
 
     def write(self, lease: Lease, response: pb.GenerateResponse) -> bool:
         """Journal tokens soon, with all others of this step; sets `response.offset`. A `finish` ends the lease.
@@ -142,7 +159,7 @@ class LeaseHolder:
         """Give leases back after what was written is journalled; see RequestQueue.release for `error`."""
         await self.flush()
         kept = [lease for lease in leases if self._forget(lease.request_id, lease.epoch)]
-        await self._queue.release(self._engine, kept, error)
+        await self._queue.release(kept, error)
 
     async def flush(self) -> None:
         """Wait until all that was written is in the journals."""
@@ -152,7 +169,7 @@ class LeaseHolder:
 
     def _heard(self, channel: str, payload: bytes) -> None:
         if channel == self._queue.store.keys.work(self._record.name):
-            self._look_for_expired |= payload == b"again"
+            self._look_for_others |= payload == b"again"
             self._work.set()
             return
         request_id = payload.decode()
@@ -161,7 +178,7 @@ class LeaseHolder:
                 self._ended(held_id, epoch, Held.DONE)
 
     async def _subscription_stands(self) -> None:
-        self._look_for_expired = True
+        self._look_for_others = True
         self._work.set()
         await self._renew()  # a cancellation may have been said while nobody listened
 
@@ -205,7 +222,7 @@ class LeaseHolder:
         self._ended(one.request_id, one.epoch, answer)
         if answer == Held.GAP and lease is not None:
             with suppress(StoreError):  # then it expires
-                await self._queue.release(self._engine, [lease])
+                await self._queue.release([lease])
 
     async def _renew_loop(self) -> None:
         period_s = self._queue.settings.lease_s / 3
@@ -216,6 +233,7 @@ class LeaseHolder:
 
     async def _renew(self) -> None:
         leases = list(self._held.values())
+        self._renewed_s = time.monotonic()
         for lease, answer in zip(leases, await self._queue.renew(self._engine, leases), strict=True):
             # A finish that is under way may have closed it: then the append's own answer decides.
             if answer != Held.HELD and (lease.request_id, lease.epoch) in self._next:

@@ -13,7 +13,7 @@ GROUP = "engines"  # the consumer group of every queue
 
 @dataclass(frozen=True)
 class Keys:
-    """Key names under one namespace. `scripts.PRELUDE` builds the same names in Lua from `root`."""
+    """Key names under one namespace. `prelude.PRELUDE` builds the same names in Lua from `root`."""
 
     namespace: str = "folkmoot"
 
@@ -51,6 +51,14 @@ class Keys:
     def engine_models(self) -> str:
         """Hash: engine -> the model it serves."""
         return f"{self.root}:engine-models"
+
+    def gone(self, engine: str) -> str:
+        """String with a TTL: this engine is dead, why, and gets no lease any more."""
+        return f"{self.root}:gone:{engine}"
+
+    def trial(self, engine: str) -> str:
+        """String with a TTL: id of the request on its last attempt that this engine runs, or ran last."""
+        return f"{self.root}:trial:{engine}"
 
     @property
     def models(self) -> str:

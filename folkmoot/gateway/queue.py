@@ -24,12 +24,14 @@ LANE_OF: dict[int, Lane] = {pb.LANE_UNSPECIFIED: "interactive", pb.INTERACTIVE: 
 PB_LANE: dict[str, "pb.Lane"] = {"interactive": pb.INTERACTIVE, "batch": pb.BATCH}
 PB_STATE: dict[str, "pb.RequestState"] = {"queued": pb.QUEUED, "running": pb.RUNNING, "done": pb.DONE}
 
+HANDED_BACK_MS = 3_600_000  # handed back leases count as idle for a day; no lease that runs is idle for so long
+
 
 @dataclass(frozen=True)
 class QueueSettings:
     """What gateways and engines of one deployment must agree on."""
 
-    lease_s: float = 10.0  # an engine that does not renew for so long loses its requests
+    lease_s: float = 2.0  # an engine that does not renew for so long loses its requests
     max_attempts: int = 3  # leases of one request before it goes to the dead-letter stream
     retention_s: float = 600.0  # a finished journal can be read for so long
     max_waiting_requests: int = 1024  # per model and lane
@@ -198,17 +200,18 @@ class RequestQueue:
     ) -> list[Lease]:
         """Take up to `max_requests` requests, interactive ones first, until their estimates reach `max_tokens`.
 
-        Does not wait. `claim`: look for expired leases too (default: where the last look is lease_s / 8 ago).
+        Does not wait. `claim`: look for leases to take over too (default: where the last look is lease_s / 8 ago).
+        Those handed back are taken at once; expired ones only where the store has been within reach for a whole
+        lease_s, since while it was away nobody could renew.
         """
         s = self.settings
         if claim is None:
             claim = time.monotonic() - self._last_claim_s > s.lease_s / 8
+        idle_ms = 0
         if claim:
             self._last_claim_s = time.monotonic()
-        lease_ms = _ms(s.lease_s)
-        rows = await self.store.run(
-            "lease", model, engine, max_requests, max_tokens, lease_ms, s.max_attempts, int(claim)
-        )
+            idle_ms = _ms(s.lease_s) if self.store.steady_for_s > s.lease_s else HANDED_BACK_MS
+        rows = await self.store.run("lease", model, engine, max_requests, max_tokens, s.max_attempts, idle_ms)
         return [_lease(row) for row in rows]
 
     async def renew(self, engine: str, leases: Sequence[Lease]) -> list[Held]:
@@ -235,7 +238,7 @@ class RequestQueue:
             args += (one.request_id, one.epoch, one.response.offset, size, one.response.SerializeToString(), int(last))
         return [Held(answer.decode()) for answer in await self.store.run("append", *args)]
 
-    async def release(self, engine: str, leases: Sequence[Lease], error: str = "") -> list[str]:
+    async def release(self, leases: Sequence[Lease], error: str = "") -> list[str]:
         """Give leases back; another engine takes them first of all, and goes on after the last journalled token.
 
         With an `error` the attempt counts, and after the last one the request is dead-lettered with it; without
@@ -244,8 +247,17 @@ class RequestQueue:
         if not leases:
             return []
         args = [part for lease in leases for part in (lease.request_id, lease.epoch, error)]
-        answers = await self.store.run("release", engine, self.settings.max_attempts, *args)
+        answers = await self.store.run("release", self.settings.max_attempts, *args)
         return [answer.decode() for answer in answers]
+
+    async def abandon(self, model: str, engine: str, error: str = "") -> int:
+        """Give back whatever `engine` holds, for one who knows that it is dead; answers how many leases that were.
+
+        `error` as for `release`. No engine of this name gets a lease for the next ten minutes, so that one which is
+        not quite dead does not take them again: a new engine process needs a new name.
+        """
+        given: int = await self.store.run("abandon", model, engine, self.settings.max_attempts, error)
+        return given
 
     async def load(self, model: str) -> Load:
         """Waiting and running work of one model."""

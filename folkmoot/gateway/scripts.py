@@ -1,7 +1,7 @@
 """The queue's state machine, as Lua scripts: each runs atomically in the store, so every rule below holds whoever dies.
 
     (submit) -> queued -> running -> done
-                  ^---------'  lease expired, or handed back: same journal, next epoch
+                  ^---------'  lease expired, or handed back (also by who saw its engine die): same journal, next epoch
 
     - Only `lease` makes a request running; it raises the epoch. Only the holder of the current epoch may append.
     - Tokens are appended at exactly offset `next`; the same ones again are taken as a repeated call and ignored.
@@ -11,118 +11,14 @@
 Times are the store's clock in Unix milliseconds. KEYS[1] is the hash tag all keys begin with (keys.py).
 """
 
-# Request hash: model lane tenant body digest cost state epoch attempts engine entry next submitted deadline
-#               queue_deadline grace attended retention watchers error
-PRELUDE = """
-local root = KEYS[1]
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local outbox = {}
-
-local function request_key(id) return root .. ':request:' .. id end
-local function journal_key(id) return root .. ':journal:' .. id end
-local function queue_key(model, lane) return root .. ':queue:' .. model .. ':' .. lane end
-
-local function count(r, state, sign)
-  local key = root .. ':load:' .. r.model .. ':' .. r.lane
-  redis.call('HINCRBY', key, state .. '_requests', sign)
-  redis.call('HINCRBY', key, state .. '_tokens', sign * r.cost)
-end
-
--- Protobuf framing of internal.Batch, Event, and GenerateResponse with offset and finish: see proto/folkmoot/v1.
-local function varint(n)
-  local out = ''
-  while n > 127 do
-    out = out .. string.char(n % 128 + 128)
-    n = math.floor(n / 128)
-  end
-  return out .. string.char(n)
-end
-local function bytes_field(tag, value) return string.char(tag) .. varint(#value) .. value end
-local function finish(offset, reason, code, message)
-  local body = string.char(8) .. varint(reason) .. string.char(16) .. varint(code) .. bytes_field(26, message)
-  return string.char(16) .. varint(offset) .. bytes_field(50, body)
-end
-local CANCELLED, DEADLINE, ERROR = 3, 4, 5
-
--- Journal one entry and hand it to whoever watches; pushes leave together at the end (flush).
-local function journal(id, r, offset, payload)
-  redis.call('XADD', journal_key(id), offset .. '-*', 'd', payload)
-  if r.watchers and r.watchers ~= '' then
-    local event = bytes_field(10, bytes_field(10, id) .. bytes_field(18, payload))
-    for gateway in string.gmatch(r.watchers, '%S+') do
-      local box = outbox[gateway] or {}
-      box[#box + 1] = event
-      outbox[gateway] = box
-    end
-  end
-end
-local function flush()
-  for gateway, box in pairs(outbox) do
-    redis.call('PUBLISH', root .. ':pushes:' .. gateway, table.concat(box))
-  end
-end
-
-local FIELDS = {'model', 'lane', 'cost', 'state', 'epoch', 'attempts', 'engine', 'entry', 'next', 'deadline',
-                'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
-local NUMBERS = {'cost', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention'}
-local function read(id)
-  local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
-  if not values[1] then return nil end
-  local r = {}
-  for i, name in ipairs(FIELDS) do r[name] = values[i] end
-  for _, name in ipairs(NUMBERS) do r[name] = tonumber(r[name]) end
-  return r
-end
-
--- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else.
-local function close(id, r, offset, payload, by)
-  journal(id, r, offset, payload)
-  count(r, r.state == 'running' and 'running' or 'waiting', -1)
-  local queue = queue_key(r.model, r.lane)
-  redis.call('XACK', queue, 'engines', r.entry)
-  redis.call('XDEL', queue, r.entry)
-  if r.state == 'running' and by == 0 then
-    redis.call('PUBLISH', root .. ':control:' .. r.engine, id)
-  end
-  redis.call('HSET', request_key(id), 'state', 'done', 'closed_by', by, 'next', offset)
-  redis.call('PEXPIRE', request_key(id), r.retention)
-  redis.call('PEXPIRE', journal_key(id), r.retention)
-  r.state = 'done'
-end
-
--- Ends what has outlived its deadline, its time in the queue, or its client. True where the request is over.
-local function over(id, r)
-  if r.state == 'done' then return true end
-  if now >= r.deadline then
-    close(id, r, r.next, finish(r.next, DEADLINE, 4, 'the deadline passed before the request was finished'), 0)
-  elseif r.state == 'queued' and r.epoch == 0 and now >= r.queue_deadline then
-    close(id, r, r.next, finish(r.next, ERROR, 14, 'no engine took the request in time; retry later'), 0)
-  elseif r.grace > 0 and now >= r.attended then
-    close(id, r, r.next, finish(r.next, CANCELLED, 1, 'the client went away and did not come back'), 0)
-  end
-  return r.state == 'done'
-end
-
-local function bury(id, r, message)
-  redis.call('XADD', root .. ':dead:' .. r.model, 'MAXLEN', '~', 10000, '*', 'id', id, 'error', message,
-             'attempts', r.attempts, 'body', redis.call('HGET', request_key(id), 'body'))
-  close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
-end
-
-local function watch(id, r, gateway)
-  if gateway == '' or string.find(' ' .. r.watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then return end
-  r.watchers = r.watchers == '' and gateway or (r.watchers .. ' ' .. gateway)
-  redis.call('HSET', request_key(id), 'watchers', r.watchers)
-end
-"""
+from folkmoot.gateway.prelude import PRELUDE
 
 # ARGV: gateway, then 13 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
 SUBMIT = (
     PRELUDE
     + """
 local gateway = ARGV[1]
-local out, woken = {}, {}
+local out, fed = {}, {}
 for i = 2, #ARGV, 13 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
   local cost, remaining, queueing, grace, retention, max_requests, max_tokens = unpack(ARGV, i + 6, i + 12)
@@ -151,27 +47,40 @@ for i = 2, #ARGV, 13 do
                  'attended', now + grace, 'retention', retention, 'watchers', gateway)
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
-      woken[model] = true
+      fed[model] = true
       out[#out + 1] = 'ok'
     end
   end
 end
-for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
+for model in pairs(fed) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
 return out
 """
 )
 
-# ARGV: model, engine, max requests, max tokens, lease ms, max attempts, claim (1: also look for expired leases).
+# ARGV: model, engine, max requests, max tokens, max attempts, idle ms (look for leases that were not renewed for so
+# long; 0: do not look).
 # Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
 LEASE = (
     PRELUDE
     + """
 local model, engine = ARGV[1], ARGV[2]
 local room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease_ms, max_attempts, claim = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
+local max_attempts, idle_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local out = {}
+if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
+
+-- A request on its last attempt may be the one that kills engines. An engine runs one of them at a time, so that no
+-- other goes into the dead letters with it.
+local trial_key = root .. ':trial:' .. engine
+local function is_last_attempt(r) return r.attempts > 0 and r.attempts == max_attempts - 1 end
+local function on_trial()
+  local id = redis.call('GET', trial_key)
+  local r = id and read(id)
+  return r and r.state == 'running' and r.engine == engine
+end
 
 local function take(id, r)
+  if is_last_attempt(r) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   r.state, r.epoch, r.attempts = 'running', r.epoch + 1, r.attempts + 1
   count(r, 'running', 1)
@@ -198,7 +107,10 @@ local function consider(queue, lane, entry, fields)
   elseif not over(id, r) then
     if r.attempts >= max_attempts then
       local last = redis.call('HGET', request_key(id), 'error')
-      bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. (last or 'the engine was lost'))
+      if not last or last == '' then last = 'the engine was lost' end
+      bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. last)
+    elseif is_last_attempt(r) and on_trial() then
+      leave(r)
     else
       take(id, r)
     end
@@ -209,12 +121,12 @@ local function create(queue) redis.pcall('XGROUP', 'CREATE', queue, 'engines', '
 
 for _, lane in ipairs({'interactive', 'batch'}) do
   local queue = queue_key(model, lane)
-  if claim then
+  if idle_ms > 0 then
     create(queue)
     local cursor = '0-0'
     repeat
       if room <= 0 or token_room <= 0 then break end
-      local claimed = redis.call('XAUTOCLAIM', queue, 'engines', engine, lease_ms, cursor, 'COUNT', 1)
+      local claimed = redis.call('XAUTOCLAIM', queue, 'engines', engine, idle_ms, cursor, 'COUNT', 1)
       for _, item in ipairs(claimed[2]) do consider(queue, lane, item[1], item[2]) end
       cursor = claimed[1]
     until cursor == '0-0'
@@ -296,37 +208,64 @@ return out
 """
 )
 
-# Gives leases back. ARGV: engine, max attempts, then per lease id, epoch, error ('' = the attempt is not counted).
+# Gives leases back. ARGV: max attempts, then per lease id, epoch, error ('' = the attempt is not counted).
 # Returns per lease: requeued | buried | lost | done.
 RELEASE = (
     PRELUDE
     + """
-local engine, max_attempts = ARGV[1], tonumber(ARGV[2])
-local out, woken = {}, {}
-for i = 3, #ARGV, 3 do
+local max_attempts = tonumber(ARGV[1])
+local out = {}
+for i = 2, #ARGV, 3 do
   local id, epoch, message = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
   local r = read(id)
   if not r or r.epoch ~= epoch or r.state == 'queued' then
     out[#out + 1] = 'lost'
   elseif over(id, r) then
     out[#out + 1] = 'done'
-  elseif message ~= '' and r.attempts >= max_attempts then
-    bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
-    out[#out + 1] = 'buried'
   else
-    count(r, 'running', -1)
-    count(r, 'waiting', 1)
-    local attempts = message == '' and r.attempts - 1 or r.attempts
-    redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
-    -- Stays pending, but idle for ages: the next lease claims it before any new entry.
-    redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
-    woken[r.model] = true
-    out[#out + 1] = 'requeued'
+    out[#out + 1] = hand_back(id, r, max_attempts, message)
   end
 end
-for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'again') end
+wake()
 flush()
 return out
+"""
+)
+
+# Gives back all that a dead engine holds, and lets it have no lease any more. ARGV: model, engine, max attempts, error
+# (as above). Returns the number of leases. What another engine has taken over is pending in that one's name.
+ABANDON = (
+    PRELUDE
+    + """
+local model, engine, max_attempts, message = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+redis.call('SET', gone_key(engine), message, 'PX', 600000)
+redis.call('ZADD', root .. ':engines', 'XX', now, engine)
+local given = 0
+
+local function consider(queue, entry)
+  local item = redis.call('XRANGE', queue, entry, entry)[1]
+  local id = item and item[2][2]
+  local r = id and read(id)
+  if r and r.state == 'running' and r.engine == engine and not over(id, r) then
+    hand_back(id, r, max_attempts, message)
+    given = given + 1
+  end
+end
+
+for _, lane in ipairs({'interactive', 'batch'}) do
+  local queue, from, pending = queue_key(model, lane), '-', nil
+  repeat
+    pending = redis.pcall('XPENDING', queue, 'engines', from, '+', 100, engine)
+    if pending.err then break end  -- no group yet
+    for _, item in ipairs(pending) do
+      consider(queue, item[1])
+      from = '(' .. item[1]
+    end
+  until #pending < 100
+end
+wake()
+flush()
+return given
 """
 )
 
@@ -392,6 +331,7 @@ REGISTER = (
     PRELUDE
     + """
 local model, engine, beat_ms, record = unpack(ARGV)
+if redis.call('EXISTS', gone_key(engine)) == 1 then return now end
 redis.call('ZADD', root .. ':engines', now + beat_ms, engine)
 redis.call('HSET', root .. ':engine-models', engine, model)
 redis.call('HSET', root .. ':models', model, record)
@@ -415,6 +355,7 @@ ALL = {
     "renew": RENEW,
     "append": APPEND,
     "release": RELEASE,
+    "abandon": ABANDON,
     "cancel": CANCEL,
     "attend": ATTEND,
     "follow": FOLLOW,

@@ -29,6 +29,7 @@ REASONS: dict[type[errors.StoreError], str] = {
     errors.StoreLoading: "STORE_LOADING",
     errors.StoreReadOnly: "STORE_READ_ONLY",
     errors.StoreFull: "STORE_OUT_OF_MEMORY",
+    errors.StoreDiskFull: "STORE_DISK_FULL",
     errors.StoreRefused: "STORE_REFUSED",
 }
 

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -39,6 +40,8 @@ def translated() -> Iterator[None]:
     except rex.OutOfMemoryError as e:
         raise errors.StoreFull("the request store is out of memory") from e
     except (rex.ConnectionError, rex.TimeoutError, OSError) as e:
+        if "Authentication required" in str(e):  # what redis-py makes of it while it connects
+            raise errors.StoreRefused(f"the request store refused access: {e}") from e
         raise errors.StoreAway(f"the request store does not answer: {e}") from e
     except rex.ResponseError as e:
         raise _from_reply(str(e)) from e
@@ -50,7 +53,9 @@ def _from_reply(message: str) -> errors.StoreError:
     # Errors inside a script arrive as plain replies, whose first word may stand behind a prefix.
     if "OOM" in message or "out of memory" in message:
         return errors.StoreFull("the request store is out of memory")
-    if "READONLY" in message or "MASTERDOWN" in message or "NOREPLICAS" in message or "MISCONF" in message:
+    if "MISCONF" in message:
+        return errors.StoreDiskFull(f"the request store cannot write to its disk: {message}")
+    if "READONLY" in message or "MASTERDOWN" in message or "NOREPLICAS" in message:
         return errors.StoreReadOnly(f"the request store takes no writes now: {message}")
     if "LOADING" in message:
         return errors.StoreLoading("the request store is loading its data from disk")
@@ -66,20 +71,47 @@ class Store:
         self.keys = Keys(namespace)
         self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
+        self._reached_since_s: float | None = None
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in scripts.ALL.items()}
+
+    @property
+    def steady_for_s(self) -> float:
+        """How long the store has been within reach without a break, as far as this connection knows."""
+        return 0.0 if self._reached_since_s is None else time.monotonic() - self._reached_since_s
 
     async def run(self, script: str, *args: bytes | str | int) -> Any:
         """Run one of scripts.ALL in one round trip. Raises StoreError."""
-        with translated():
-            try:
-                return await self._client.execute_command("EVALSHA", self._hashes[script], 1, self.keys.root, *args)
-            except rex.NoScriptError:  # first use, or the store was restarted
-                return await self._client.execute_command("EVAL", scripts.ALL[script], 1, self.keys.root, *args)
+        rest = (1, self.keys.root, *args)
+        try:
+            with translated():
+                try:
+                    reply = await self._client.execute_command("EVALSHA", self._hashes[script], *rest)
+                except rex.NoScriptError:  # first use, or the store was restarted
+                    reply = await self._client.execute_command("EVAL", scripts.ALL[script], *rest)
+        except errors.StoreUnavailable as e:
+            await self._broke(e)
+            raise
+        self._reached_since_s = self._reached_since_s or time.monotonic()
+        return reply
 
     async def command(self, *args: bytes | str | int) -> Any:
         """Run one plain command, with the reply as it comes (bytes, int, lists). Raises StoreError."""
-        with translated():
-            return await self._client.execute_command(*args)
+        try:
+            with translated():
+                reply = await self._client.execute_command(*args)
+        except errors.StoreUnavailable as e:
+            await self._broke(e)
+            raise
+        self._reached_since_s = self._reached_since_s or time.monotonic()
+        return reply
+
+    async def _broke(self, error: errors.StoreUnavailable) -> None:
+        """Note a break, and leave a server that has become a replica: the primary may have its address now."""
+        self._reached_since_s = None
+        if isinstance(error, errors.StoreReadOnly):
+            for client in (self._client, self._listener):
+                with suppress(rex.RedisError, OSError):
+                    await client.connection_pool.disconnect()
 
     @asynccontextmanager
     async def subscribed(
@@ -112,6 +144,7 @@ class Store:
                                 backoff_s = BACKOFF_FIRST_S
                                 await on_connect()
             except (rex.RedisError, OSError, errors.StoreError) as e:
+                self._reached_since_s = None
                 log.warning("subscription lost (%s), again in %.2f s", e, backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)

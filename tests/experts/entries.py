@@ -1,6 +1,7 @@
 """Entry points that test_warm.py has forked."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from folkmoot.experts.warm import Control, exit_with_owner
@@ -23,5 +24,17 @@ def fail(spec: dict[str, Any], control: Control) -> None:
 def sleep(spec: dict[str, Any], control: Control) -> None:
     """Busy elsewhere: only the watching thread can see that the owner is gone."""
     exit_with_owner(control)
+    control.send({"event": "ready"})
+    time.sleep(600)
+
+
+def last_words(spec: dict[str, Any], control: Control) -> None:
+    """Do something before the end, and fail at it."""
+
+    def before_exit() -> None:
+        Path(spec["path"]).write_text("said")
+        raise RuntimeError("and it went wrong")
+
+    exit_with_owner(control, before_exit=before_exit)
     control.send({"event": "ready"})
     time.sleep(600)

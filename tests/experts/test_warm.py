@@ -66,6 +66,14 @@ def test_a_child_ends_with_its_owner(plain_parent: WarmParent, tmp_path: Path) -
     assert ended(pid)
 
 
+def test_last_words_are_said_and_hold_nothing_up(plain_parent: WarmParent, tmp_path: Path) -> None:
+    child = plain_parent.spawn("tests.experts.entries:last_words", {"path": str(tmp_path / "words")}, tmp_path / "log")
+    assert child.receive(10) == {"event": "ready"}
+    child.control.close()
+    assert child.wait(5)
+    assert (tmp_path / "words").read_text() == "said"
+
+
 def test_kill_is_seen_at_once(plain_parent: WarmParent, tmp_path: Path) -> None:
     child = plain_parent.spawn("tests.experts.entries:sleep", {}, tmp_path / "log")
     assert child.receive(10) == {"event": "ready"}

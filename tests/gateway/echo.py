@@ -4,12 +4,14 @@ import asyncio
 from types import TracebackType
 
 from folkmoot.gateway import tasks
+from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Held, Lease, ModelRecord, RequestQueue
 
 MODEL = ModelRecord(name="echo", max_model_len=4096, vocab_size=1000, max_logprobs=5)
 DEFAULT_TOKENS = 5
+STORE_PAUSE_S = 0.05
 
 
 def prompt_ids(request: pb.GenerateRequest) -> list[int]:
@@ -68,7 +70,12 @@ class EchoEngine:
 
     async def _lease_loop(self) -> None:
         while True:
-            for lease in await self.holder.lease(self.room - self.holder.num_held):
+            try:
+                leases = await self.holder.lease(self.room - self.holder.num_held)
+            except StoreError:
+                await asyncio.sleep(STORE_PAUSE_S)
+                continue
+            for lease in leases:
                 self.leases.append(lease)
                 task = asyncio.create_task(self._answer(lease))
                 self._running.add(task)

@@ -1,6 +1,5 @@
 """Every error status a client can meet, with its details, through a real gateway."""
 
-import asyncio
 import math
 import time
 from contextlib import AsyncExitStack
@@ -13,9 +12,8 @@ from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import QueueSettings, RequestQueue
-from folkmoot.gateway.store import Store
-from tests.gateway.conftest import QUICK, start_gateway, token_request, until
-from tests.gateway.echo import MODEL, EchoEngine, answer
+from tests.gateway.conftest import start_gateway, token_request, until
+from tests.gateway.echo import MODEL, EchoEngine
 
 Stub = gateway_pb2_grpc.FolkmootStub
 
@@ -44,6 +42,16 @@ def assert_retry_hint(error: grpc.aio.AioRpcError) -> None:
     assert details(error).details[0].Unpack(retry)
     hint_ms = int(dict(error.trailing_metadata() or ())["retry-after-ms"])
     assert hint_ms == retry.retry_delay.ToMilliseconds() > 0
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    """google.rpc's ErrorInfo says in one word what is wrong."""
+    info = error_details_pb2.ErrorInfo()
+    for packed in details(error).details:
+        if packed.Unpack(info):
+            assert info.domain == "folkmoot"
+            return info.reason
+    raise AssertionError("no ErrorInfo")
 
 
 SAMPLING_FAULTS: list[tuple[dict[str, object], str, str]] = [
@@ -202,47 +210,6 @@ async def test_timeout_while_waiting(stub: Stub, queue: RequestQueue) -> None:
 
     await until(closed)
     assert (await queue.load(MODEL.name)).waiting_requests == 0
-
-
-async def test_store_killed_and_back(mortal_server: EmbeddedStore, namespace: str, stack: AsyncExitStack) -> None:
-    store = Store(mortal_server.url, namespace)
-    stack.push_async_callback(store.close)
-    address = await start_gateway(stack, mortal_server.url, namespace, queue=QUICK, shutdown_s=0.0)
-    channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-    stub = gateway_pb2_grpc.FolkmootStub(channel)
-    async with EchoEngine(RequestQueue(store, QUICK), step_s=0.05) as engine:
-        running = stub.Generate(token_request(4, max_tokens=20))
-        pieces = [await anext(aiter(running))]
-        mortal_server.kill()
-        error = await failure(stub.Generate(token_request(1)))
-        assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert_retry_hint(error)
-        await asyncio.sleep(0.2)  # tokens pile up in the engine meanwhile
-        mortal_server.start()
-        pieces += [piece async for piece in running]  # the stream that ran goes on, without gap or duplicate
-        assert [token for piece in pieces for token in piece.token_ids] == answer([4], 20)
-        again = [token async for piece in stub.Generate(token_request(1)) for token in piece.token_ids]
-        assert again == answer([1], 5)
-        assert engine.holder.num_held == 0
-
-
-async def test_store_out_of_memory(mortal_server: EmbeddedStore, namespace: str, stack: AsyncExitStack) -> None:
-    store = Store(mortal_server.url, namespace)
-    stack.push_async_callback(store.close)
-    address = await start_gateway(stack, mortal_server.url, namespace, queue=QUICK, shutdown_s=0.0)
-    channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-    stub = gateway_pb2_grpc.FolkmootStub(channel)
-    await RequestQueue(store, QUICK).register("engine-0", MODEL, 60.0)
-    await store.command("CONFIG", "SET", "maxmemory", "1")
-    error = await failure(stub.Generate(token_request(1)))
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
-    assert "out of memory" in str(error.details())
-    assert_retry_hint(error)
-    await store.command("CONFIG", "SET", "maxmemory", "0")
-    await store.command("REPLICAOF", "127.0.0.1", "1")
-    error = await failure(stub.Generate(token_request(1)))
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
-    assert "takes no writes" in str(error.details())
 
 
 async def test_model_unknown_before_any_engine(stub: Stub) -> None:

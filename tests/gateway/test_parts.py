@@ -59,7 +59,7 @@ def test_every_redis_error_is_translated() -> None:
         (rex.OutOfMemoryError("OOM"), errors.StoreFull),
         (rex.ResponseError("-OOM command not allowed script: 1"), errors.StoreFull),
         (rex.ResponseError("-READONLY You can't write script: 1"), errors.StoreReadOnly),
-        (rex.ResponseError("MISCONF Errors writing to the AOF file"), errors.StoreReadOnly),
+        (rex.ResponseError("MISCONF Errors writing to the AOF file"), errors.StoreDiskFull),
         (rex.AuthenticationError("WRONGPASS"), errors.StoreRefused),
         (rex.ResponseError("ERR unknown command"), errors.StoreRefused),
     ],
@@ -190,7 +190,7 @@ def test_help_teaches() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "folkmoot.gateway", "--help"], capture_output=True, text=True, check=True
     )
-    for word in ("--redis", "FOLKMOOT_REDIS", "SIGTERM", "--max-waiting-tokens", "default: 10.0"):
+    for word in ("--redis", "FOLKMOOT_REDIS", "SIGTERM", "--max-waiting-tokens", "default: 2.0"):
         assert word in " ".join(run.stdout.split())
 
 

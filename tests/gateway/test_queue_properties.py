@@ -61,8 +61,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.keys = Keys(f"p{secrets.token_hex(6)}")
         self.queue = RequestQueue(Store(self.url, self.keys.namespace), SETTINGS)
         self.truth: dict[str, Truth] = {}
+        self.trials: dict[str, str] = {}
+        self.engines = {"engine-1": "engine-1", "engine-2": "engine-2"}
         self.leases: list[tuple[str, Lease]] = []
         self.written: list[tuple[Append, Held]] = []
+
+    def holder_of(self, request_id: str) -> str | None:
+        """The engine that holds a request now."""
+        known = self.truth[request_id]
+        owners = {(lease.request_id, lease.epoch): engine for engine, lease in self.leases}
+        return owners[request_id, known.epoch] if known.state == "running" else None
 
     def teardown(self) -> None:
         self.run(self.queue.store.close())
@@ -88,9 +96,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(engine=ENGINES, room=st.integers(1, 3))
     def lease(self, engine: str, room: int) -> None:
         free = [r for r in self.truth.values() if r.state == "queued" or (r.state == "running" and r.expired)]
+        engine, last = self.engines[engine], SETTINGS.max_attempts
+        buried = [r for r in free if r.attempts == last]
+        trials = [r for r in free if r.attempts == last - 1]  # an engine runs one of these at a time
+        is_trying = (tried := self.trials.get(engine)) is not None and self.holder_of(tried) == engine
+        plain = len(free) - len(buried) - len(trials)
         got = self.run(self.queue.lease(MODEL.name, engine, room, claim=True))
-        buried = [r for r in free if r.attempts == SETTINGS.max_attempts]
-        assert min(room, len(free) - len(buried)) <= len(got) <= room
+        assert min(room, plain + (bool(trials) and not is_trying)) <= len(got) <= room
+        assert sum(self.truth[lease.request_id] in trials for lease in got) <= 1
         for lease in got:
             known = self.truth[lease.request_id]
             assert known in free
@@ -99,6 +112,8 @@ class QueueMachine(RuleBasedStateMachine):
             known.epoch, known.attempts = lease.epoch, known.attempts + 1
             assert lease.attempt == known.attempts <= SETTINGS.max_attempts
             self.leases.append((engine, lease))
+            if lease.attempt == last:
+                self.trials[engine] = lease.request_id
         for known, request_id in [(r, i) for i, r in self.truth.items() if r in buried]:
             if self.run(self.queue.status(request_id)).state == pb.DONE:
                 known.state = "done"
@@ -139,9 +154,9 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), failed=st.booleans())
     def release(self, data: st.DataObject, failed: bool) -> None:
-        engine, lease = data.draw(st.sampled_from(self.leases))
+        _, lease = data.draw(st.sampled_from(self.leases))
         known = self.truth[lease.request_id]
-        (answer,) = self.run(self.queue.release(engine, [lease], "boom" if failed else ""))
+        (answer,) = self.run(self.queue.release([lease], "boom" if failed else ""))
         if known.state == "running" and known.epoch == lease.epoch:
             if failed and known.attempts == SETTINGS.max_attempts:
                 assert answer == "buried"
@@ -159,10 +174,25 @@ class QueueMachine(RuleBasedStateMachine):
         running = sorted(i for i, r in self.truth.items() if r.state == "running")
         request_id = data.draw(st.sampled_from(running))
         lane = "batch" if self.truth[request_id].lane == pb.BATCH else "interactive"
-        entry = self.run(self.queue.store.command("HGET", self.keys.request(request_id), "entry"))
+        key = self.keys.request(request_id)
+        entry, engine = self.run(self.queue.store.command("HMGET", key, "entry", "engine"))
         queue = self.keys.queue(MODEL.name, lane)  # type: ignore[arg-type]
-        self.run(self.queue.store.command("XCLAIM", queue, "engines", "gone", 0, entry, "IDLE", 7_200_000, "JUSTID"))
+        self.run(self.queue.store.command("XCLAIM", queue, "engines", engine, 0, entry, "IDLE", 7_200_000, "JUSTID"))
         self.truth[request_id].expired = True
+
+    @rule(engine=ENGINES, failed=st.booleans())
+    def engine_dies(self, engine: str, failed: bool) -> None:
+        """Who saw it die gives its leases back: all of its current ones, and none that others hold now."""
+        name = self.engines[engine]
+        mine = [known for request_id, known in self.truth.items() if self.holder_of(request_id) == name]
+        assert self.run(self.queue.abandon(MODEL.name, name, "it died" if failed else "")) == len(mine)
+        for known in mine:
+            if failed and known.attempts == SETTINGS.max_attempts:
+                known.state = "done"
+            else:
+                known.state, known.attempts = "queued", known.attempts - (not failed)
+        assert self.run(self.queue.lease(MODEL.name, name, 9, claim=True)) == [], "a dead engine gets nothing"
+        self.engines[engine] = name + "'"  # its successor has another name
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

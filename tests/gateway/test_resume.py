@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -13,9 +14,10 @@ import pytest
 from folkmoot.gateway.client import AsyncClient, Cancelled, Chunk, Client, InvalidRequest, NotFound, Unavailable
 from folkmoot.gateway.client_types import build_request
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
-from folkmoot.gateway.queue import Append, Held, RequestQueue
+from folkmoot.gateway.queue import Append, Held, QueueSettings, RequestQueue
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings
 from tests.gateway.conftest import QUICK, GatewayProcess, token_request, until
@@ -113,6 +115,77 @@ def vanish(engine: EchoEngine) -> None:
     """As SIGKILL does: everything of the engine stops, nothing is given back."""
     for task in [engine._loop, *engine._running, *engine.holder._tasks]:
         task.cancel()
+
+
+async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
+    store_server: EmbeddedStore, queue: RequestQueue, gateway: str
+) -> None:
+    """No lease has run out, and one that the dead engine had lost before stays with its successor."""
+    patient = RequestQueue(queue.store, QueueSettings(lease_s=3600.0))
+    async with AsyncExitStack() as engines, AsyncClient(gateway) as client:
+        first = EchoEngine(patient, "engine-1", step_s=0.01)
+        await first.__aenter__()
+        second: EchoEngine | None = None
+        chunks = []
+        async for chunk in client.generate(token_ids=[9], max_tokens=60):
+            chunks.append(chunk)
+            if len(chunks) == 15:
+                vanish(first)
+                second = await engines.enter_async_context(EchoEngine(patient, "engine-2", step_s=0.01))
+                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 1
+            elif len(chunks) == 40:
+                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 0
+        assert second is not None
+        assert tokens_of(chunks) == answer([9], 60)
+        assert [(lease.epoch, lease.attempt) for lease in second.leases] == [(2, 2)]
+        assert list(await queue.engines()) == ["engine-2"]
+
+
+async def test_what_kills_its_engines_takes_nobody_along(queue: RequestQueue) -> None:
+    """One of six requests kills whoever runs it. The other five were in the same engines twice, and all end well."""
+    names = [f"r{i}" for i in range(6)]
+    for name in names:
+        await queue.submit(_submission(name))
+    rounds: list[list[str]] = []
+    while len(rounds) < 20:
+        engine = f"engine-{len(rounds)}"
+        leases = await queue.lease(MODEL.name, engine, 10, claim=True)
+        if not leases:
+            break
+        rounds.append([lease.request_id for lease in leases])
+        if "r3" in rounds[-1]:
+            await queue.abandon(MODEL.name, engine, "segmentation fault")
+        else:
+            done = pb.GenerateResponse(token_ids=[1], finish=pb.Finish(reason=pb.STOP))
+            await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])
+    assert rounds == [names, names, ["r0"], ["r1"], ["r2"], ["r3"], ["r4"], ["r5"]]
+    finishes = {name: (await queue.status(name)).finish for name in names}
+    assert {name for name, finish in finishes.items() if finish.reason == pb.STOP} == set(names) - {"r3"}
+    assert finishes["r3"].message == "given up after 3 attempts; last: segmentation fault"
+    assert len(await queue.store.command("XRANGE", queue.store.keys.dead(MODEL.name), "-", "+")) == 1
+
+
+async def test_an_engine_that_was_held_up_does_not_take_over_from_itself(queue: RequestQueue, gateway: str) -> None:
+    async with EchoEngine(queue, step_s=0.02) as engine, AsyncClient(gateway) as client:
+        chunks = []
+        async for chunk in client.generate(token_ids=[9], max_tokens=40, detach=True):
+            chunks.append(chunk)
+            if len(chunks) == 10:
+                time.sleep(3 * QUICK.lease_s)  # nothing of this process runs, and the lease runs out
+        assert tokens_of(chunks) == answer([9], 40)
+        assert len(engine.leases) == 1
+
+
+async def test_an_engine_that_leaves_by_an_error_says_why(queue: RequestQueue) -> None:
+    await queue.submit(_submission("x"))
+    for attempt in range(1, QUICK.max_attempts + 1):
+        holder = await LeaseHolder(queue, f"engine-{attempt}", MODEL).__aenter__()
+        (lease,) = await holder.lease(1)
+        assert lease.attempt == attempt
+        await holder.__aexit__(RuntimeError, RuntimeError("the core is dead"), None)
+    finish = (await queue.status("x")).finish
+    assert finish.message == "given up after 3 attempts; last: the engine failed: the core is dead"
+    assert (await queue.load(MODEL.name)).waiting_requests == 0
 
 
 async def test_zombie_cannot_write(queue: RequestQueue, engine: EchoEngine, gateway: str) -> None:
@@ -313,16 +386,40 @@ def poll_until_served(client: Client) -> None:
     pytest.fail("no engine appeared")
 
 
-def _run_engine(url: str, namespace: str, stop: threading.Event) -> None:
+def _run_engine(url: str, namespace: str, stop: threading.Event, step_s: float = 0.0) -> None:
     from folkmoot.gateway.store import Store
 
     async def run() -> None:
         store = Store(url, namespace)
-        async with EchoEngine(RequestQueue(store, QUICK)):
+        async with EchoEngine(RequestQueue(store, QUICK), step_s=step_s):
             await asyncio.to_thread(stop.wait)
         await store.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_sync_client_goes_on_at_another_gateway(
+    store_server: EmbeddedStore, namespace: str, gateway_process: StartProcess, sig: signal.Signals
+) -> None:
+    first, second = gateway_process("--shutdown-s", "0.1"), gateway_process()
+    stop = threading.Event()
+    engine = threading.Thread(target=_run_engine, args=(store_server.url, namespace, stop, 0.02))
+    engine.start()
+    try:
+        with Client([first.address, second.address]) as client:
+            poll_until_served(client)
+            chunks = []
+            for chunk in client.generate(token_ids=[5, 6], max_tokens=60, request_id="x"):
+                chunks.append(chunk)
+                if len(chunks) == 15:
+                    os.kill(first.process.pid, sig)
+            assert tokens_of(chunks) == answer([5, 6], 60)
+            assert client.request("x").attempts == 1
+            assert first.process.wait(10) == (-signal.SIGKILL if sig == signal.SIGKILL else 0)
+    finally:
+        stop.set()
+        engine.join()
 
 
 async def test_nobody_there() -> None:

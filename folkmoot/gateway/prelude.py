@@ -1,0 +1,133 @@
+"""What the queue's scripts (scripts.py) have in common, in Lua: keys, counters, the journal, and how a request ends."""
+
+# Request hash: model lane tenant body digest cost state epoch attempts engine entry next submitted deadline
+#               queue_deadline grace attended retention watchers error
+PRELUDE = """
+local root = KEYS[1]
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local outbox = {}
+
+local function request_key(id) return root .. ':request:' .. id end
+local function journal_key(id) return root .. ':journal:' .. id end
+local function queue_key(model, lane) return root .. ':queue:' .. model .. ':' .. lane end
+
+local function count(r, state, sign)
+  local key = root .. ':load:' .. r.model .. ':' .. r.lane
+  redis.call('HINCRBY', key, state .. '_requests', sign)
+  redis.call('HINCRBY', key, state .. '_tokens', sign * r.cost)
+end
+
+-- Protobuf framing of internal.Batch, Event, and GenerateResponse with offset and finish: see proto/folkmoot/v1.
+local function varint(n)
+  local out = ''
+  while n > 127 do
+    out = out .. string.char(n % 128 + 128)
+    n = math.floor(n / 128)
+  end
+  return out .. string.char(n)
+end
+local function bytes_field(tag, value) return string.char(tag) .. varint(#value) .. value end
+local function finish(offset, reason, code, message)
+  local body = string.char(8) .. varint(reason) .. string.char(16) .. varint(code) .. bytes_field(26, message)
+  return string.char(16) .. varint(offset) .. bytes_field(50, body)
+end
+local CANCELLED, DEADLINE, ERROR = 3, 4, 5
+
+-- Journal one entry and hand it to whoever watches; pushes leave together at the end (flush).
+local function journal(id, r, offset, payload)
+  redis.call('XADD', journal_key(id), offset .. '-*', 'd', payload)
+  if r.watchers and r.watchers ~= '' then
+    local event = bytes_field(10, bytes_field(10, id) .. bytes_field(18, payload))
+    for gateway in string.gmatch(r.watchers, '%S+') do
+      local box = outbox[gateway] or {}
+      box[#box + 1] = event
+      outbox[gateway] = box
+    end
+  end
+end
+local function flush()
+  for gateway, box in pairs(outbox) do
+    redis.call('PUBLISH', root .. ':pushes:' .. gateway, table.concat(box))
+  end
+end
+
+local FIELDS = {'model', 'lane', 'cost', 'state', 'epoch', 'attempts', 'engine', 'entry', 'next', 'deadline',
+                'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
+local NUMBERS = {'cost', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention'}
+local function read(id)
+  local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
+  if not values[1] then return nil end
+  local r = {}
+  for i, name in ipairs(FIELDS) do r[name] = values[i] end
+  for _, name in ipairs(NUMBERS) do r[name] = tonumber(r[name]) end
+  return r
+end
+
+-- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else.
+local function close(id, r, offset, payload, by)
+  journal(id, r, offset, payload)
+  count(r, r.state == 'running' and 'running' or 'waiting', -1)
+  local queue = queue_key(r.model, r.lane)
+  redis.call('XACK', queue, 'engines', r.entry)
+  redis.call('XDEL', queue, r.entry)
+  if r.state == 'running' and by == 0 then
+    redis.call('PUBLISH', root .. ':control:' .. r.engine, id)
+  end
+  redis.call('HSET', request_key(id), 'state', 'done', 'closed_by', by, 'next', offset)
+  redis.call('PEXPIRE', request_key(id), r.retention)
+  redis.call('PEXPIRE', journal_key(id), r.retention)
+  r.state = 'done'
+end
+
+-- Ends what has outlived its deadline, its time in the queue, or its client. True where the request is over.
+local function over(id, r)
+  if r.state == 'done' then return true end
+  if now >= r.deadline then
+    close(id, r, r.next, finish(r.next, DEADLINE, 4, 'the deadline passed before the request was finished'), 0)
+  elseif r.state == 'queued' and r.epoch == 0 and now >= r.queue_deadline then
+    close(id, r, r.next, finish(r.next, ERROR, 14, 'no engine took the request in time; retry later'), 0)
+  elseif r.grace > 0 and now >= r.attended then
+    close(id, r, r.next, finish(r.next, CANCELLED, 1, 'the client went away and did not come back'), 0)
+  end
+  return r.state == 'done'
+end
+
+local function bury(id, r, message)
+  redis.call('XADD', root .. ':dead:' .. r.model, 'MAXLEN', '~', 10000, '*', 'id', id, 'error', message,
+             'attempts', r.attempts, 'body', redis.call('HGET', request_key(id), 'body'))
+  close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
+end
+
+-- A queue entry stays pending, but idle for ages: the next lease claims it before any new entry.
+local function leave(r)
+  redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', r.engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
+end
+
+-- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
+-- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
+local woken = {}
+local function hand_back(id, r, max_attempts, message)
+  if message ~= '' and r.attempts >= max_attempts then
+    bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
+    return 'buried'
+  end
+  count(r, 'running', -1)
+  count(r, 'waiting', 1)
+  local attempts = message == '' and r.attempts - 1 or r.attempts
+  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
+  leave(r)
+  woken[r.model] = true
+  return 'requeued'
+end
+local function wake()
+  for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'again') end
+end
+local function gone_key(engine) return root .. ':gone:' .. engine end
+
+local function watch(id, r, gateway)
+  if gateway == '' or string.find(' ' .. r.watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then return end
+  r.watchers = r.watchers == '' and gateway or (r.watchers .. ' ' .. gateway)
+  redis.call('HSET', request_key(id), 'watchers', r.watchers)
+end
+"""
