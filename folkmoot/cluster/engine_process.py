@@ -27,6 +27,10 @@ REPORT_EVERY_S = 1.0
 STORE_PAUSE_S = 0.5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
+SHARED_WITH_DISPATCHER = (
+    *("engine", "feed", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
+)
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -48,6 +52,8 @@ class EngineSpec:
     transport: str
     combine: str
     background_workers: bool
+    stall_s: float
+    no_replica_timeout_s: float
     grace_s: float
 
 
@@ -81,13 +87,7 @@ def _set_environment(spec: EngineSpec) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # on a CPU it decides only that the executor is in-process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if spec.feed is not None:
-        config = {
-            "engine": spec.engine,
-            "feed": spec.feed,
-            "transport": spec.transport,
-            "combine": spec.combine,
-            "background_workers": spec.background_workers,
-        }
+        config = {name: getattr(spec, name) for name in SHARED_WITH_DISPATCHER}
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
 
 
