@@ -45,12 +45,12 @@ def settle(call: Call, tally: Tally) -> bool:
         tally.alone += int(alone.sum())
         asked = open_ & ~alone
         if asked.any() and call.ask_again(asked, avoid):
-            changed = True
+            changed, second = True, call.host.copy()
             wrong = refuted(asked, call.whole_sums(call.doubtful()), call.tokens_of_pairs, first)
             settled |= asked & ~wrong
             tally.refuted += int(wrong.sum())
             tally.confirmed += int((asked & ~wrong).sum())
-            for number in np.unique(first[wrong]).tolist():
+            for number in liars(first[wrong], second[wrong]):
                 call.distrust(number, "wrong rows: not finite where another replica's are")
     _log(call.layer, tally)
     return changed
@@ -64,6 +64,16 @@ def refuted(asked: np.ndarray, still: np.ndarray, tokens: np.ndarray, first: np.
     """
     key = tokens.astype(np.int64) << 32 | first
     return asked & ~np.isin(key, key[asked & still])
+
+
+def liars(accused: np.ndarray, witnesses: np.ndarray) -> list[int]:
+    """Which of the accused to drop, of pairs (accused[i], witnesses[i]): a witness that is dropped itself proves
+    nothing, so that hosts which accuse each other are never all dropped."""
+    dropped: list[int] = []
+    for number in np.unique(accused).tolist():
+        if not set(witnesses[accused == number].tolist()) <= set(dropped):
+            dropped.append(number)
+    return dropped
 
 
 def _log(layer: int, tally: Tally) -> None:
