@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +64,33 @@ class MapState:
 
     def __init__(self, spec: EngineSpec, control: Control) -> None:
         self.is_complete = spec.feed is None
-        self._feed = MapFeedServer(Path(spec.feed), control.send) if spec.feed is not None else None
+        self._send_up = control.send
+        self._feed = MapFeedServer(Path(spec.feed), self._on_event) if spec.feed is not None else None
+        self._end_requests: Callable[[str], Coroutine[Any, Any, int]] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def on_message(self, message: dict[str, Any]) -> None:
         """From the owner: {"map": {...}}."""
         if self._feed is not None and "map" in message:
             self._feed.publish(message["map"])
             self.is_complete = not missing(ExpertMap.from_json(json.dumps(message["map"])))
+
+    def on_no_replica(self, end_requests: Callable[[str], Coroutine[Any, Any, int]]) -> None:
+        """From now on, when the dispatcher has waited in vain for an expert's replica: end_requests(reason), on the
+        event loop that calls this; the dispatcher waits until it has ended, and hears its result."""
+        self._end_requests, self._loop = end_requests, asyncio.get_running_loop()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        """From the dispatcher, on the feed's thread."""
+        if event.get("event") != "no_replica":
+            self._send_up(event)
+        elif self._end_requests is not None and self._loop is not None:
+            ending = asyncio.run_coroutine_threadsafe(self._end_requests(str(event["reason"])), self._loop)
+            ending.add_done_callback(self._tell_ended)
+
+    def _tell_ended(self, ending: Future[int]) -> None:
+        if self._feed is not None and not ending.cancelled() and ending.exception() is None:
+            self._feed.tell({"ended": ending.result()})
 
 
 def main(raw: dict[str, Any], control: Control) -> None:
@@ -129,6 +151,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         load_s = time.monotonic() - began
         log.info("serving %s, loaded in %.2f s", spec.model, load_s)
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
+        maps.on_no_replica(lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator))
         try:
             await generator.run(holder, stopping)

@@ -35,11 +35,16 @@ class MapFeedServer:
 
     def publish(self, expert_map: dict[str, Any]) -> None:
         """Send a map (as JSON data) to all dispatchers, and to those that will connect. Any thread may call."""
-        line = json.dumps({"map": expert_map}, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            self._latest = line
+            self._latest = _line({"map": expert_map})
             for peer in list(self._peers):
-                self._send(peer, line)
+                self._send(peer, self._latest)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to all dispatchers that are connected. Any thread may call."""
+        with self._lock:
+            for peer in list(self._peers):
+                self._send(peer, _line(message))
 
     def _run(self) -> None:
         while True:
@@ -87,3 +92,7 @@ class MapFeedServer:
                 self._on_event(json.loads(line))
             except Exception:
                 log.exception("an event of the dispatcher could not be used")
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

@@ -12,6 +12,7 @@ does not depend on which replica served which pair. With combine="sum" hosts ret
 bytes come back, and this guarantee is given up.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 1.0
 BACKGROUND_EVERY_CALLS = 1000
 CONNECT_AT_ONCE = 16
+END_REQUESTS_TIMEOUT_S = 10.0
+FIRST_MAP_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Dispatcher:
         self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._reported_at = time.monotonic()
         self._calls, self._background = 0, set[int]()
+        self._layer, self._is_abandoned = -1, False
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
@@ -127,9 +131,37 @@ class Dispatcher:
         """Routed experts of one layer: x [tokens, hidden], topk_weights and topk_ids [tokens, k].
 
         Returns (routed [tokens, hidden] in x's dtype and device, shared() or None). `shared` runs once, while rows
-        are away (after them in a call of more than config.max_tokens). Raises NoReplicaError when an expert had no live
-        replica for config.no_replica_timeout_s.
+        are away (after them in a call of more than config.max_tokens).
+
+        When an expert has had no live replica for config.no_replica_timeout_s, the engine's requests are ended through
+        the feed, and this forward pass, in which nobody is interested any more, goes on with zeros. Raises
+        NoReplicaError where that is not possible.
         """
+        is_same_pass, self._layer = layer > self._layer, layer  # layers come in order
+        shared = None if shared is None else functools.cache(shared)
+        if not (self._is_abandoned and is_same_pass):
+            self._is_abandoned = False
+            try:
+                return self._forward(layer, x, topk_weights, topk_ids, shared)
+            except NoReplicaError as e:
+                self._abandon(e)
+        return torch.zeros_like(x), shared() if shared is not None else None
+
+    def _abandon(self, error: NoReplicaError) -> None:
+        reason = f"{error}; waited {self.config.no_replica_timeout_s:g} s for a replacement"
+        log.error("giving up the running requests: %s", reason)
+        if self._feed is None or not self._feed.end_requests(reason, END_REQUESTS_TIMEOUT_S):
+            raise error
+        self._is_abandoned = True
+
+    def _forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if x.shape[0] > self.config.max_tokens:
             return self._forward_split(layer, x, topk_weights, topk_ids, shared)
         shape = Shape(x.shape[1], topk_ids.shape[1], x.dtype)
@@ -157,7 +189,7 @@ class Dispatcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size = self.config.max_tokens
         parts = zip(*(torch.split(t, size) for t in (x, topk_weights, topk_ids)), strict=True)
-        routed = torch.cat([self.forward(layer, *part)[0] for part in parts])
+        routed = torch.cat([self._forward(layer, *part)[0] for part in parts])
         return routed, shared() if shared is not None else None
 
     def _combine(self, call: Call) -> torch.Tensor:
@@ -168,10 +200,10 @@ class Dispatcher:
         return out.to(call.device)
 
     def routes(self, newer_than: int, waited: Waited) -> Routes | None:
-        """The routes in use, once their generation is above `newer_than`; None after config.no_replica_timeout_s."""
+        """The routes in use, once their generation is above `newer_than`; None where that takes too long."""
         with self._changed:
             while self._routes is None or self._routes.generation <= newer_than:
-                if waited.total_s >= self.config.no_replica_timeout_s:
+                if waited.total_s >= self._patience_s:
                     return None
                 began = time.monotonic()
                 self._changed.wait(SLICE_S)
@@ -179,6 +211,11 @@ class Dispatcher:
             while self._retired:
                 self._retired.pop().close()
             return self._routes
+
+    @property
+    def _patience_s(self) -> float:
+        """Before the first map hosts may still load their weights."""
+        return FIRST_MAP_TIMEOUT_S if self._latest is None else self.config.no_replica_timeout_s
 
     def is_dead(self, link: Link) -> bool:
         """Whether its host has been dropped."""
@@ -200,7 +237,7 @@ class Dispatcher:
     def no_replica(self, layer: int, expert: int) -> Exception:
         """What to raise when `routes` gave none; `expert` is -1 where there never was a map."""
         if expert < 0 or self._latest is None:
-            return DispatchError(f"layer {layer}: no expert map within {self.config.no_replica_timeout_s} s")
+            return DispatchError(f"layer {layer}: no expert map within {FIRST_MAP_TIMEOUT_S:g} s")
         return NoReplicaError(layer, expert, self._latest.version)
 
     def counters(self, layer: int, experts: int, num_links: int) -> tuple[int, int, int]:
