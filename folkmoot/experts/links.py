@@ -60,7 +60,7 @@ def connect(address: HostAddress, hello: Hello, itemsize: int, timeout_s: float)
         if hello.transport == "shm":
             return ShmLink(address, hello, itemsize, timeout_s)
         return TcpLink(address, hello, itemsize, timeout_s)
-    except (OSError, WireError) as e:
+    except (OSError, ValueError, WireError) as e:
         raise LinkError(f"host {address.host} cannot be reached by {hello.transport}: {e}") from e
 
 
@@ -92,7 +92,7 @@ class ShmLink:
                 wire.send_line(self._sock, hello, fd)
             finally:
                 os.close(fd)
-            _check_welcome(self._sock)
+            _check_welcome(self._sock, timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -130,7 +130,7 @@ class TcpLink:
         try:
             set_tcp_options(self._sock)
             wire.send_line(self._sock, hello)
-            _check_welcome(self._sock)
+            _check_welcome(self._sock, timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -237,8 +237,8 @@ def _wait_writable(sock: socket.socket, timeout_s: float) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-def _check_welcome(sock: socket.socket) -> None:
-    welcome, fd = wire.receive_line(sock)
+def _check_welcome(sock: socket.socket, timeout_s: float) -> None:
+    welcome, fd = wire.receive_line(sock, timeout_s)
     if fd is not None:
         os.close(fd)
     if welcome.get("ok") is not True:

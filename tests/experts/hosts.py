@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import host as host_module
 from folkmoot.experts import warm, wire
+from folkmoot.experts.connections import TcpConnection
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.host import ExpertServer, HostSpec
 from folkmoot.experts.warm import Control, exit_with_owner
@@ -42,7 +42,7 @@ def main(spec: dict[str, Any], control: Control) -> None:
     torch.set_num_threads(1)
     stall_s, liar = float(spec.pop("stall_s")), spec.pop("liar")
     if spec.pop("half_replies"):
-        host_module._TcpConnection.run = _run_half
+        TcpConnection.run = _run_half
     host = HostSpec.from_dict(spec)
 
     def kernel_of(layer: int, experts: Sequence[int]) -> Any:
