@@ -16,6 +16,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+MAX_PEERS = 64
+MAX_EVENT_BYTES = 1 << 20
+
 
 class MapFeedServer:
     """Sends the latest map to each dispatcher that connects, and each new one to all. `on_event` runs on its thread."""
@@ -57,6 +60,10 @@ class MapFeedServer:
 
     def _accept(self) -> None:
         peer, _ = self._listener.accept()
+        if len(self._peers) >= MAX_PEERS:
+            log.warning("a dispatcher too many")
+            peer.close()
+            return
         peer.settimeout(5.0)  # a dispatcher reads on a thread of its own, so a full buffer means that it hangs
         with self._lock:
             self._peers[peer] = bytearray()
@@ -77,7 +84,7 @@ class MapFeedServer:
             chunk = peer.recv(1 << 16)
         except OSError:
             chunk = b""
-        if not chunk:
+        if not chunk or len(self._peers[peer]) > MAX_EVENT_BYTES:
             with self._lock:
                 self._selector.unregister(peer)
                 del self._peers[peer]

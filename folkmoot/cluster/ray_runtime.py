@@ -57,10 +57,17 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
 
 
 def start_router(spec: ClusterSpec) -> Any:
-    """The expert router's actor: detached, so that it outlives the command that started it."""
+    """The expert router's actor: detached, so that it outlives the command that started it; on this node, where the
+    request store may be an embedded one, unless it has to be restarted and this node is gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from folkmoot.cluster.router import ExpertRouter
 
-    actor = ExpertRouter.options(name=ROUTER, namespace=spec.namespace, lifetime="detached")  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ExpertRouter.options(  # type: ignore[attr-defined]
+        name=ROUTER, namespace=spec.namespace, lifetime="detached", scheduling_strategy=here
+    )
     return actor.remote(spec)
 
 

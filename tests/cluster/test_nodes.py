@@ -89,7 +89,7 @@ def why_not() -> str | None:
     tried = subprocess.run(["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         return f"namespaces are not permitted: {tried.stderr.strip()}"
-    pair = ["unshare", "-n", "ip", "link", "add", "a", "type", "veth", "peer", "name", "b"]
+    pair = ["unshare", "-n", "ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"]
     tried = subprocess.run(pair, capture_output=True, text=True, check=False)
     return f"veth pairs are not permitted: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -102,7 +102,8 @@ def make_node(number: int, folder: Path, temp: Path, token: str) -> Node:
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temp),
     }  # fmt: skip
     command = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child", "sh", "-c", INIT, "init"]
-    init = subprocess.Popen([*command, str(private), str(temp)], stdout=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    init = subprocess.Popen([*command, str(private), str(temp)], text=True, **streams)
     assert init.stdout is not None and init.stdout.readline() == "ready\n"
     children = Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()
     return Node(f"10.77.0.{number}", private, temp, init, environment, int(children[0]))
@@ -167,7 +168,7 @@ def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, N
     command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
     command += ["--model", str(mixtral), "--address", HEAD, "--listen", GATEWAY, "--hosts", "4", "--replicas", "2"]
     one.run(*command, "--cpus-per-host", "0.5", *FLOAT32, timeout_s=240.0)
-    status = json.loads(one.python(STATUS, GATEWAY))
+    status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
     of_node: dict[str, set[int]] = {}
     for host in status["hosts"]:
         of_node.setdefault(host["node"], set()).update(host["experts"])
@@ -225,7 +226,7 @@ def test_one_node_serves_on_without_the_other(
 
 
 def status_of(node: Node) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(node.python(STATUS, GATEWAY))
+    document: dict[str, Any] = json.loads(node.python(STATUS, GATEWAY).strip() or "{}")
     return document
 
 
