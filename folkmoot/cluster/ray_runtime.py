@@ -94,13 +94,22 @@ class Deployment:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
             spec = self._spec
-            resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
+            options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": _beside_store(spec)}
             engines = Engine.options(  # type: ignore[attr-defined]
-                num_replicas=spec.engines, ray_actor_options=resources
+                num_replicas=spec.engines, ray_actor_options=options
             )
             serve.run(engines.bind(spec), name=spec.app, route_prefix=None)
         except Exception as e:
             self.error = e
+
+
+def _beside_store(spec: ClusterSpec) -> dict[str, float]:
+    """What an engine asks of its node: to be this one, where the request store listens on loopback."""
+    import ray
+
+    if not spec.several_nodes or "//127.0.0.1:" not in spec.redis:
+        return {}
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
 
 
 def tear_down(spec: ClusterSpec | None, *, joined: bool) -> None:
