@@ -3,6 +3,7 @@
 import json
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -85,11 +86,15 @@ def test_an_event_without_end_is_cut_off(feed: Feed) -> None:
 def test_one_who_does_not_read_holds_up_nobody_for_long(feed: Feed) -> None:
     """Its buffers fill up; then it is given up, and the others have their maps."""
     with feed.connect() as deaf, feed.connect() as sound:
-        large = {**MAP, "version": 2, "hosts": ["x" * (1 << 20)]}
-        feed.server.publish(large)
         lines = sound.makefile()
         assert json.loads(lines.readline()) == {"map": MAP}
+        assert deaf.recv(1), "it is there too"
+        large = {**MAP, "version": 2, "hosts": ["x" * (1 << 20)]}
+        publishing = threading.Thread(target=feed.server.publish, args=(large,))
+        publishing.start()
         assert json.loads(lines.readline()) == {"map": large}
+        publishing.join(20)
+        assert not publishing.is_alive()
         assert is_cut_off(deaf)
 
 
