@@ -121,9 +121,10 @@ class Call:
         if self.used:
             self._keep_rows()
         self.used.append(self._route())
-        for index, link in enumerate(self.used[-1].links):
-            if link.raw.state == native.WAITING and not link.raw.page:
-                self._send(index, link)
+        new = self.used[-1]
+        for index in new.streams:
+            if new.links[index].raw.state == native.WAITING:
+                self._send(index, new.links[index])
         return True
 
     def wait(self) -> None:
@@ -142,7 +143,7 @@ class Call:
             raw = link.raw
             if raw.state == native.DONE:
                 served[link.address.host] = served.get(link.address.host, 0) + raw.header.pairs
-                link.pace = deadline.measured(link.pace, raw.header.pairs, raw.took_us * 1e-6)
+                link.pace = deadline.measured(link.pace, raw.header.pairs, raw.took_us / 1e6)
 
     def sum_into(self, out: torch.Tensor) -> bool:
         """Sum over a token's pairs in slot order, weighted, in float32, rounded once; whether all sums are finite."""

@@ -21,6 +21,8 @@ class Routes:
     tables: Mapping[int, np.ndarray]
     pointers: ctypes.Array[ctypes.c_void_p]
     """of the links' native structs, by index"""
+    streams: tuple[int, ...]
+    """indices of the links over TCP, whose requests have to be sent"""
 
 
 def routes_of(expert_map: ExpertMap, generation: int, live: Mapping[str, Link]) -> Routes:
@@ -35,7 +37,9 @@ def routes_of(expert_map: ExpertMap, generation: int, live: Mapping[str, Link]) 
                 table[e, i] = (link, slot)
         tables[n] = table
     pointers = (ctypes.c_void_p * len(live))(*(ctypes.addressof(link.raw) for link in live.values()))
-    return Routes(expert_map, generation, tuple(live.values()), tables, pointers)
+    links = tuple(live.values())
+    streams = tuple(i for i, link in enumerate(links) if not link.raw.page)
+    return Routes(expert_map, generation, links, tables, pointers, streams)
 
 
 def without(routes: Routes, layer: int, avoid: Mapping[int, Collection[int]]) -> Routes:
