@@ -24,7 +24,8 @@ import torch
 from benchmarks import report
 from folkmoot.experts import expert_map as em
 from folkmoot.experts import warm
-from folkmoot.experts.dispatcher import DispatchConfig, Dispatcher
+from folkmoot.experts.dispatch_config import DispatchConfig
+from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.host import ExpertServer, HostSpec
 from folkmoot.experts.warm import Control, exit_with_owner

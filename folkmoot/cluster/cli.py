@@ -127,6 +127,23 @@ def _sampling(command: F) -> F:
     help="rows: the answer does not depend on the placement; sum: fewer bytes come back",
 )
 @click.option(
+    "--stall-s",
+    type=click.FloatRange(0.05, 10.0),
+    default=UpOptions.stall_s,
+    show_default=True,
+    help="an expert host that is silent for this long, and four times what it lately took for as many rows, counts as "
+    "stalled: its rows go to a replica, and it is replaced. Lower: shorter pauses; higher: safer on a busy machine. "
+    "The last replica of an expert is given 10 s",
+)
+@click.option(
+    "--no-replica-timeout-s",
+    type=click.FloatRange(0.1),
+    default=UpOptions.no_replica_timeout_s,
+    show_default=True,
+    help="how long running requests wait for a replacement when an expert has no live replica; then they end with an "
+    "error that says so, and the engine goes on",
+)
+@click.option(
     "--background-workers/--no-background-workers",
     default=UpOptions.background_workers,
     help="engines' OpenMP workers yield to everything else; quick where only this cluster computes, slow beside other "

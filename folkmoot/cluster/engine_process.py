@@ -14,6 +14,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
 GIVE_BACK_S = 2.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
+
+SHARED_WITH_DISPATCHER = (
+    *("engine", "feed", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class EngineSpec:
     transport: str
     combine: str
     background_workers: bool
+    stall_s: float
+    no_replica_timeout_s: float
     grace_s: float
 
 
@@ -62,6 +70,8 @@ class MapState:
         self._lock = threading.Lock()
         self._map: ExpertMap | None = None
         self._dead: set[tuple[str, int]] = set()
+        self._end_requests: Callable[[str], Coroutine[Any, Any, int]] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._feed = MapFeedServer(Path(spec.feed), self._on_event) if spec.feed is not None else None
 
     def on_message(self, message: dict[str, Any]) -> None:
@@ -69,12 +79,6 @@ class MapState:
         if self._feed is not None and "map" in message:
             self._feed.publish(message["map"])
             self._look(ExpertMap.from_json(json.dumps(message["map"])), None)
-
-    def _on_event(self, event: dict[str, Any]) -> None:
-        """From the dispatcher. A host's death counts at once: the expert router may be away."""
-        if event.get("event") == "host_dead":
-            self._look(None, (event["host"], event["incarnation"]))
-        self._control.send(event)
 
     def _look(self, expert_map: ExpertMap | None, dead: tuple[str, int] | None) -> None:
         with self._lock:
@@ -84,6 +88,25 @@ class MapState:
                 return
             gone = [a.host for a in self._map.hosts.values() if (a.host, a.incarnation) in self._dead]
             self.is_complete = not missing(functools.reduce(remove_host, gone, self._map))
+
+    def on_no_replica(self, end_requests: Callable[[str], Coroutine[Any, Any, int]]) -> None:
+        """From now on, when the dispatcher has waited in vain for an expert's replica: end_requests(reason), on the
+        event loop that calls this; the dispatcher waits until it has ended, and hears its result."""
+        self._end_requests, self._loop = end_requests, asyncio.get_running_loop()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        """From the dispatcher, on the feed's thread."""
+        if event.get("event") == "host_dead":  # counts at once: the expert router may be away
+            self._look(None, (event["host"], event["incarnation"]))
+        if event.get("event") != "no_replica":
+            self._control.send(event)
+        elif self._end_requests is not None and self._loop is not None:
+            ending = asyncio.run_coroutine_threadsafe(self._end_requests(str(event["reason"])), self._loop)
+            ending.add_done_callback(self._tell_ended)
+
+    def _tell_ended(self, ending: Future[int]) -> None:
+        if self._feed is not None and not ending.cancelled() and ending.exception() is None:
+            self._feed.tell({"ended": ending.result()})
 
 
 def main(raw: dict[str, Any], control: Control) -> None:
@@ -127,13 +150,7 @@ def _set_environment(spec: EngineSpec) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # on a CPU it decides only that the executor is in-process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if spec.feed is not None:
-        config = {
-            "engine": spec.engine,
-            "feed": spec.feed,
-            "transport": spec.transport,
-            "combine": spec.combine,
-            "background_workers": spec.background_workers,
-        }
+        config = {name: getattr(spec, name) for name in SHARED_WITH_DISPATCHER}
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
 
 
@@ -180,6 +197,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         log.info("serving %s, loaded in %.2f s", spec.model, load_s)
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
         saying = asyncio.create_task(keep_saying(queue, spec.engine, can_serve))
+        maps.on_no_replica(lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator))
         try:
             await generator.run(holder, stopping)

@@ -22,8 +22,9 @@ from folkmoot.gateway.queue import Held, Lease
 log = logging.getLogger(__name__)
 
 REASONS = {"stop": pb.STOP, "length": pb.LENGTH, "repetition": pb.STOP, "abort": pb.CANCELLED, "error": pb.ERROR}
-INTERNAL, DEADLINE_EXCEEDED = 13, 4
+INTERNAL, DEADLINE_EXCEEDED, ABORTED = 13, 4, 10
 STORE_PAUSE_S = 0.5
+RESET_PAUSE_S = 0.05
 
 
 class CoreDied(RuntimeError):
@@ -47,8 +48,12 @@ class Generator:
     def __init__(self, llm: Any, preparer: Preparer, max_running: int, may_lease: Callable[[], bool]) -> None:
         self._llm, self._preparer, self._max_running, self._may_lease = llm, preparer, max_running, may_lease
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._leases: dict[tuple[str, int], Lease] = {}
         self._room = asyncio.Event()
         self._core_died = False
+        self._is_sound = asyncio.Event()
+        self._is_sound.set()
+        self._resetting: asyncio.Task[None] | None = None
         self.counters = Counters()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
@@ -64,7 +69,7 @@ class Generator:
             if self._core_died or self._llm.errored:
                 raise CoreDied("vLLM's core is dead")
             room = self._max_running - len(self._tasks)
-            if room <= 0 or not self._may_lease():
+            if room <= 0 or not self._may_lease() or not self._is_sound.is_set():
                 self._room.clear()
                 await _first(self._room.wait(), stopping.wait(), timeout_s=STORE_PAUSE_S)
                 continue
@@ -82,16 +87,40 @@ class Generator:
         for task in list(self._tasks.values()):
             task.cancel()
 
+    async def end_all(self, holder: LeaseHolder, reason: str) -> int:
+        """End all running requests with an error; how many there were. New ones wait until vLLM has forgotten what it
+        cached meanwhile: the forward pass under way is finished without experts, and its keys and values are wrong."""
+        self._is_sound.clear()
+        ending = list(self._tasks.items())
+        for key, task in ending:
+            holder.fail(self._leases[key], f"{reason}; please send the request again", ABORTED)
+            task.cancel()
+        self.counters.failed += len(ending)
+        await asyncio.gather(*(task for _, task in ending), return_exceptions=True)
+        self._resetting = asyncio.create_task(self._forget_cached())
+        return len(ending)
+
+    async def _forget_cached(self) -> None:
+        """Waits for the pass under way, which holds its requests' blocks until then."""
+        try:
+            while not await self._llm.reset_prefix_cache():
+                await asyncio.sleep(RESET_PAUSE_S)
+        except EngineDeadError:
+            pass  # `run` sees it too
+        self._is_sound.set()
+        self._room.set()
+
     def _start(self, holder: LeaseHolder, lease: Lease) -> None:
         key = (lease.request_id, lease.epoch)
         task = asyncio.create_task(self._serve(holder, lease), name=f"{lease.request_id}/{lease.epoch}")
-        self._tasks[key] = task
+        self._tasks[key], self._leases[key] = task, lease
         self.counters.running = len(self._tasks)
         self.counters.requests += 1
         task.add_done_callback(lambda _: self._ended(key))
 
     def _ended(self, key: tuple[str, int]) -> None:
         self._tasks.pop(key, None)
+        self._leases.pop(key, None)
         self.counters.running = len(self._tasks)
         self._room.set()
 
@@ -123,6 +152,7 @@ class Generator:
             usage = pb.Usage(prompt_tokens=prepared.num_prompt, completion_tokens=lease.offset)
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
+        await self._is_sound.wait()
         done, held_back = lease.offset, ""
         request_id = f"{lease.request_id}/{lease.epoch}"
         async for output in self._llm.generate(prepared.prompt, prepared.params, request_id):

@@ -38,7 +38,7 @@ GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
-    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host"),
+    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
 Report = Callable[[str], None]
@@ -74,6 +74,8 @@ class UpOptions:
     seed: int = 0
     transport: str = "auto"
     combine: str = "rows"
+    stall_s: float = ClusterSpec.stall_s
+    no_replica_timeout_s: float = ClusterSpec.no_replica_timeout_s
     background_workers: bool | None = None
     """None: where it helps, with one engine on a CPU"""
     cpus_per_host: float = 0.1

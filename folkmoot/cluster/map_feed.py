@@ -16,6 +16,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+MAX_PEERS = 64
+MAX_EVENT_BYTES = 1 << 20
+
 
 class MapFeedServer:
     """Sends the latest map to each dispatcher that connects, and each new one to all. `on_event` runs on its thread."""
@@ -35,11 +38,16 @@ class MapFeedServer:
 
     def publish(self, expert_map: dict[str, Any]) -> None:
         """Send a map (as JSON data) to all dispatchers, and to those that will connect. Any thread may call."""
-        line = json.dumps({"map": expert_map}, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            self._latest = line
+            self._latest = _line({"map": expert_map})
             for peer in list(self._peers):
-                self._send(peer, line)
+                self._send(peer, self._latest)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to all dispatchers that are connected. Any thread may call."""
+        with self._lock:
+            for peer in list(self._peers):
+                self._send(peer, _line(message))
 
     def _run(self) -> None:
         while True:
@@ -52,6 +60,10 @@ class MapFeedServer:
 
     def _accept(self) -> None:
         peer, _ = self._listener.accept()
+        if len(self._peers) >= MAX_PEERS:
+            log.warning("a dispatcher too many")
+            peer.close()
+            return
         peer.settimeout(5.0)  # a dispatcher reads on a thread of its own, so a full buffer means that it hangs
         with self._lock:
             self._peers[peer] = bytearray()
@@ -72,7 +84,7 @@ class MapFeedServer:
             chunk = peer.recv(1 << 16)
         except OSError:
             chunk = b""
-        if not chunk:
+        if not chunk or len(self._peers[peer]) > MAX_EVENT_BYTES:
             with self._lock:
                 self._selector.unregister(peer)
                 del self._peers[peer]
@@ -87,3 +99,7 @@ class MapFeedServer:
                 self._on_event(json.loads(line))
             except Exception:
                 log.exception("an event of the dispatcher could not be used")
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

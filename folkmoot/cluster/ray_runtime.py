@@ -57,10 +57,17 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
 
 
 def start_router(spec: ClusterSpec) -> Any:
-    """The expert router's actor: detached, so that it outlives the command that started it."""
+    """The expert router's actor: detached, so that it outlives the command that started it; on this node, where the
+    request store may be an embedded one, unless it has to be restarted and this node is gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from folkmoot.cluster.router import ExpertRouter
 
-    actor = ExpertRouter.options(name=ROUTER, namespace=spec.namespace, lifetime="detached")  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ExpertRouter.options(  # type: ignore[attr-defined]
+        name=ROUTER, namespace=spec.namespace, lifetime="detached", scheduling_strategy=here
+    )
     return actor.remote(spec)
 
 
@@ -96,16 +103,25 @@ def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -
 
     from folkmoot.cluster.engine import Engine
 
-    resources = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus}
+    options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": _beside_store(spec)}
     engines = Engine.options(  # type: ignore[attr-defined]
         num_replicas=count,
-        ray_actor_options=resources,
+        ray_actor_options=options,
         max_surge_percent=1,  # rounded up: one
         version=str(version),  # Serve would make up one, and so replace all engines at every change of their number
         _internal=True,
     )
     target = serve.RunTarget(target=engines.bind(spec, version), name=spec.app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
+
+
+def _beside_store(spec: ClusterSpec) -> dict[str, float]:
+    """What an engine asks of its node: to be this one, where the request store listens on loopback."""
+    import ray
+
+    if not spec.several_nodes or "//127.0.0.1:" not in spec.redis:
+        return {}
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
 
 
 def tear_down(spec: ClusterSpec | None, *, joined: bool) -> None:

@@ -42,6 +42,10 @@ class ClusterSpec:
     kv_cache_gib: float = 1.0
     transport: str = "auto"
     combine: str = "rows"
+    stall_s: float = 1.0
+    """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
+    no_replica_timeout_s: float = 60.0
+    """how long running requests wait for an expert that has no live replica"""
     several_nodes: bool = False
     """whether hosts and engines may be on different nodes: only then do hosts listen on TCP"""
     background_workers: bool = False

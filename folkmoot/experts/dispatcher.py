@@ -1,92 +1,47 @@
 """The dispatcher: sends each row of a MoE layer to a host that holds its expert, and combines what comes back.
 
-It lives in the process that runs the model. `Dispatcher.forward` is the whole of a layer's routed experts:
+It lives in the process that runs the model. `Dispatcher.forward` is the whole of a layer's routed experts (call.py):
 
 1. choose a replica for each expert with rows, level over hosts; pack each host's rows; post to all (`fm_begin`, hop.c);
 2. run the shared experts while the rows are away;
 3. wait; a host that dies, stalls or answers wrongly is dropped, and its rows go back to step 1 (`fm_finish`);
-4. combine the rows in slot order (`fm_combine`).
+4. combine the rows in slot order (`fm_combine`); a row that is not finite is asked for again elsewhere (doubt.py).
 
 Since a host returns one unweighted row for each (token, expert) pair and the sum is always in slot order, the result
 does not depend on which replica served which pair. With combine="sum" hosts return weighted sums instead: fewer
 bytes come back, and this guarantee is given up.
 """
 
-import ctypes
-import json
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from folkmoot.experts import cores, links, native, wire
+from folkmoot.experts import cores, doubt, links, native
+from folkmoot.experts.call import Call
+from folkmoot.experts.deadline import SLICE_S, Waited
+from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
 from folkmoot.experts.feed import MapFeed, read_map
 from folkmoot.experts.links import Link, LinkError
 from folkmoot.experts.node import node_id
+from folkmoot.experts.routes import Routes, routes_of
 from folkmoot.experts.wire import Hello
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = "FOLKMOOT_DISPATCH"
 REPORT_EVERY_S = 1.0
 BACKGROUND_EVERY_CALLS = 1000
-
-
-class DispatchError(RuntimeError):
-    """The dispatcher was configured or called wrongly."""
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchConfig:
-    """How an engine reaches its experts. Exactly one of `feed` and `map_path` is set."""
-
-    engine: str
-    feed: str | None = None
-    """unix socket that serves expert maps (feed.py)"""
-    map_path: str | None = None
-    """file with one expert map that never changes"""
-    transport: str = "auto"
-    """"auto", "shm" or "tcp" """
-    combine: str = "rows"
-    """"rows": one unweighted row a pair, exact under any placement; "sum": hosts return weighted sums"""
-    call_timeout_s: float = 10.0
-    """a host that has not answered a request by then counts as stalled"""
-    no_replica_timeout_s: float = 60.0
-    """how long a layer waits for a new map when an expert has no live replica"""
-    connect_timeout_s: float = 5.0
-    yield_us: int = 40
-    """how long to yield the core before blocking; never spins"""
-    background_workers: bool = False
-    """make the engine's OpenMP workers SCHED_IDLE, so that they never delay a host on the same core: cores.py"""
-    max_tokens: int = 2048
-    """a layer call with more tokens is split, so that a link's areas stay bounded"""
-    expert_cost: int = 16
-    """what visiting one more expert costs a host, in rows: its weights have to be read"""
-
-    @staticmethod
-    def from_json(text: str) -> "DispatchConfig":
-        """Parse and check. Raises DispatchError naming what is wrong."""
-        try:
-            raw = json.loads(text)
-            unknown = set(raw) - {f.name for f in fields(DispatchConfig)}
-            if unknown:
-                raise DispatchError(f"{ENVIRONMENT}: unknown keys {sorted(unknown)}")
-            config = DispatchConfig(**raw)
-        except (TypeError, ValueError) as e:
-            raise DispatchError(f"{ENVIRONMENT} is not a dispatch configuration: {e}") from e
-        if (config.feed is None) == (config.map_path is None):
-            raise DispatchError(f"{ENVIRONMENT}: exactly one of feed and map_path must be set")
-        if config.transport not in ("auto", "shm", "tcp"):
-            raise DispatchError(f"{ENVIRONMENT}: transport must be auto, shm or tcp, not {config.transport!r}")
-        if config.combine not in ("rows", "sum"):
-            raise DispatchError(f"{ENVIRONMENT}: combine must be rows or sum, not {config.combine!r}")
-        return config
+CONNECT_AT_ONCE = 16
+END_REQUESTS_TIMEOUT_S = 10.0
+FIRST_MAP_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,33 +58,6 @@ class Shape:
         return str(self.dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """A map made ready for use: links by index, and for each layer an int32 table [experts, replicas, 2] of
-    (link index, slot), where link index -1 means none."""
-
-    expert_map: ExpertMap
-    links: tuple[Link, ...]
-    tables: dict[int, np.ndarray]
-    pointers: ctypes.Array[ctypes.c_void_p]
-    """of the links' native structs, by index"""
-
-
-def routes_of(expert_map: ExpertMap, live: dict[str, Link]) -> Routes:
-    """Pure: the tables of `expert_map` restricted to hosts with a live link."""
-    index = {host: i for i, host in enumerate(live)}
-    tables = {}
-    for n, experts in expert_map.layers.items():
-        kept = [[(index[r.host], r.slot) for r in replicas if r.host in index] for replicas in experts]
-        table = np.full((len(experts), max(1, *map(len, kept)), 2), -1, np.int32)
-        for e, replicas in enumerate(kept):
-            for i, (link, slot) in enumerate(replicas):
-                table[e, i] = (link, slot)
-        tables[n] = table
-    pointers = (ctypes.c_void_p * len(live))(*(ctypes.addressof(link.raw) for link in live.values()))
-    return Routes(expert_map, tuple(live.values()), tables, pointers)
-
-
 class Dispatcher:
     """Serves one forward pass at a time; maps may arrive meanwhile from the feed's thread."""
 
@@ -137,6 +65,7 @@ class Dispatcher:
         self.config = config
         self.incarnation = time.time_ns()
         self.rows_served: dict[str, int] = {}
+        self.not_finite = doubt.Tally()
         self._shape: Shape | None = None
         self._itemsize = 0
         self._changed = threading.Condition()
@@ -144,10 +73,12 @@ class Dispatcher:
         self._retired: list[Link] = []
         self._latest: ExpertMap | None = None
         self._routes: Routes | None = None
+        self._generation = 0
         self._served: dict[int, np.ndarray] = {}
         self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._reported_at = time.monotonic()
         self._calls, self._background = 0, set[int]()
+        self._layer, self._is_abandoned = -1, False
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
@@ -162,15 +93,19 @@ class Dispatcher:
         return Dispatcher(DispatchConfig.from_json(os.environ[ENVIRONMENT]))
 
     def use_map(self, expert_map: ExpertMap) -> None:
-        """Adopt a newer map: connect to its new hosts, drop the links of those that left. Any thread may call."""
+        """Adopt a newer map: connect to its new hosts, drop the links of those that left. Any thread may call.
+
+        A layer that waits for an expert goes on as soon as the link to its host stands, whatever other hosts do.
+        """
         with self._changed:
             if self._latest is not None and expert_map.version < self._latest.version:
                 return
             self._latest = expert_map
             self._dead &= {(a.host, a.incarnation) for a in expert_map.hosts.values()}
-            if self._shape is not None:
-                self._adopt(expert_map, self._shape)
-            self._changed.notify_all()
+            shape = self._shape
+            missing = self._keep_links(expert_map) if shape is not None else []
+        if shape is not None:
+            self._connect_all(missing, shape)
 
     def expert_rows(self) -> dict[int, list[int]]:
         """Rows that each logical expert has had so far, by layer."""
@@ -183,7 +118,7 @@ class Dispatcher:
         with self._changed:
             for link in (*self._retired, *(self._routes.links if self._routes else ())):
                 link.close()
-            self._routes = None
+            self._routes = self._shape = None
 
     def forward(
         self,
@@ -196,9 +131,37 @@ class Dispatcher:
         """Routed experts of one layer: x [tokens, hidden], topk_weights and topk_ids [tokens, k].
 
         Returns (routed [tokens, hidden] in x's dtype and device, shared() or None). `shared` runs once, while rows
-        are away (after them in a call of more than config.max_tokens). Raises NoReplicaError when an expert had no live
-        replica for config.no_replica_timeout_s.
+        are away (after them in a call of more than config.max_tokens).
+
+        When an expert has had no live replica for config.no_replica_timeout_s, the engine's requests are ended through
+        the feed, and this forward pass, in which nobody is interested any more, goes on with zeros. Raises
+        NoReplicaError where that is not possible.
         """
+        is_same_pass, self._layer = layer > self._layer, layer  # layers come in order
+        shared = None if shared is None else functools.cache(shared)
+        if not (self._is_abandoned and is_same_pass):
+            self._is_abandoned = False
+            try:
+                return self._forward(layer, x, topk_weights, topk_ids, shared)
+            except NoReplicaError as e:
+                self._abandon(e)
+        return torch.zeros_like(x), shared() if shared is not None else None
+
+    def _abandon(self, error: NoReplicaError) -> None:
+        reason = f"{error}; waited {self.config.no_replica_timeout_s:g} s for a replacement"
+        log.error("giving up the running requests: %s", reason)
+        if self._feed is None or not self._feed.end_requests(reason, END_REQUESTS_TIMEOUT_S):
+            raise error
+        self._is_abandoned = True
+
+    def _forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if x.shape[0] > self.config.max_tokens:
             return self._forward_split(layer, x, topk_weights, topk_ids, shared)
         shape = Shape(x.shape[1], topk_ids.shape[1], x.dtype)
@@ -207,14 +170,14 @@ class Dispatcher:
         if self.config.background_workers and self._calls % BACKGROUND_EVERY_CALLS == 0:
             cores.to_background(self._background)
         self._calls += 1
-        call = _Call(self, layer, x, topk_weights, topk_ids)
+        call = Call(self, layer, x, topk_weights, topk_ids)
         left = call.post()
         shared_out = shared() if shared is not None else None
         while left:
             call.wait()
             left = call.post()
         self._report()
-        return call.combine(), shared_out
+        return self._combine(call), shared_out
 
     def _forward_split(
         self,
@@ -226,33 +189,56 @@ class Dispatcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         size = self.config.max_tokens
         parts = zip(*(torch.split(t, size) for t in (x, topk_weights, topk_ids)), strict=True)
-        routed = torch.cat([self.forward(layer, *part)[0] for part in parts])
+        routed = torch.cat([self._forward(layer, *part)[0] for part in parts])
         return routed, shared() if shared is not None else None
 
-    def routes_for(self, layer: int, version: int | None) -> Routes:
-        """The routes in use; with `version`, only once there are newer ones than that. Raises NoReplicaError late."""
-        deadline = time.monotonic() + self.config.no_replica_timeout_s
+    def _combine(self, call: Call) -> torch.Tensor:
+        """[tokens, hidden], on the device that x came from."""
+        out = torch.empty_like(call.x)
+        if call.pairs and not call.sum_into(out) and doubt.settle(call, self.not_finite):
+            call.sum_into(out)
+        return out.to(call.device)
+
+    def routes(self, newer_than: int, waited: Waited) -> Routes | None:
+        """The routes in use, once their generation is above `newer_than`; None where that takes too long."""
         with self._changed:
-            while self._routes is None or (version is not None and self._routes.expert_map.version <= version):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DispatchError(f"layer {layer}: no new expert map within {self.config.no_replica_timeout_s} s")
-                self._changed.wait(left)
+            while self._routes is None or self._routes.generation <= newer_than:
+                if waited.total_s >= self._patience_s:
+                    return None
+                began = time.monotonic()
+                self._changed.wait(SLICE_S)
+                waited.add(time.monotonic() - began)
             while self._retired:
                 self._retired.pop().close()
             return self._routes
 
+    @property
+    def _patience_s(self) -> float:
+        """Before the first map hosts may still load their weights."""
+        return FIRST_MAP_TIMEOUT_S if self._latest is None else self.config.no_replica_timeout_s
+
+    def is_dead(self, link: Link) -> bool:
+        """Whether its host has been dropped."""
+        return (link.address.host, link.address.incarnation) in self._dead
+
     def fail(self, link: Link, reason: str) -> None:
-        """Drop a host: close its link, route without it, and tell the router."""
+        """Drop a host: close its link, route without it, and tell the router. Nothing if it has been dropped before."""
         address = link.address
-        log.warning("expert host %s (incarnation %d) dropped: %s", address.host, address.incarnation, reason)
         link.close()
         with self._changed:
+            if self.is_dead(link):
+                return
             self._dead.add((address.host, address.incarnation))
             if self._routes is not None:
-                live = {a.address.host: a for a in self._routes.links if a is not link}
-                self._routes = routes_of(self._routes.expert_map, live)
+                self._use_links([k for k in self._routes.links if k is not link])
+        log.warning("expert host %s (incarnation %d) dropped: %s", address.host, address.incarnation, reason)
         self._send_dead(address, reason)
+
+    def no_replica(self, layer: int, expert: int) -> Exception:
+        """What to raise when `routes` gave none; `expert` is -1 where there never was a map."""
+        if expert < 0 or self._latest is None:
+            return DispatchError(f"layer {layer}: no expert map within {FIRST_MAP_TIMEOUT_S:g} s")
+        return NoReplicaError(layer, expert, self._latest.version)
 
     def counters(self, layer: int, experts: int, num_links: int) -> tuple[int, int, int]:
         """Addresses of hop.c's served int64 [experts] (of this layer), scratch and cost."""
@@ -271,44 +257,68 @@ class Dispatcher:
                 self._retired += self._routes.links
                 self._routes = None
             self._shape, self._itemsize = shape, shape.dtype.itemsize
-            if self._latest is not None:
-                self._adopt(self._latest, shape)
+            missing = self._keep_links(self._latest) if self._latest is not None else []
+        self._connect_all(missing, shape)
 
-    def _adopt(self, expert_map: ExpertMap, shape: Shape) -> None:
-        """Under the lock: links for the map's hosts, kept where the incarnation is the same."""
-        old = {(k.address.host, k.address.incarnation): k for k in (self._routes.links if self._routes else ())}
-        live: dict[str, Link] = {}
-        for address in expert_map.hosts.values():
-            key = (address.host, address.incarnation)
-            if key in self._dead:
-                continue
-            if (link := old.pop(key, None)) is None:
-                link = self._connect(address, shape)
-            if link is not None:
-                live[address.host] = link
-        self._retired += old.values()  # closed by the thread that may be waiting on them
-        self._routes = routes_of(expert_map, live)
+    def _keep_links(self, expert_map: ExpertMap) -> list[HostAddress]:
+        """Under the lock: routes by this map over the links that there are. Returns the hosts that lack one."""
+        wanted = {(a.host, a.incarnation): a for a in expert_map.hosts.values()}
+        kept, have = [], set()
+        for link in self._routes.links if self._routes else ():
+            key = (link.address.host, link.address.incarnation)
+            if key in wanted:
+                kept.append(link)
+                have.add(key)
+            else:
+                self._retired.append(link)  # closed by the thread that may be waiting on it
+        self._use_links(kept)
+        return [a for key, a in wanted.items() if key not in have | self._dead]
 
-    def _connect(self, address: HostAddress, shape: Shape) -> Link | None:
-        transport = links.choose_transport(address, node_id(), self.config.transport)
-        hello = Hello(
+    def _use_links(self, live: Iterable[Link]) -> None:
+        """Under the lock: new routes by the latest map."""
+        assert self._latest is not None
+        by_host = {link.address.host: link for link in live}
+        self._generation += 1
+        ordered = {host: by_host[host] for host in self._latest.hosts if host in by_host}
+        self._routes = routes_of(self._latest, self._generation, ordered)
+        self._changed.notify_all()
+
+    def _connect_all(self, addresses: list[HostAddress], shape: Shape) -> None:
+        """Without the lock, since one that does not answer takes seconds, and all at once."""
+        if addresses:
+            with ThreadPoolExecutor(min(CONNECT_AT_ONCE, len(addresses)), "connect") as pool:
+                list(pool.map(lambda address: self._connect(address, shape), addresses))
+
+    def _connect(self, address: HostAddress, shape: Shape) -> None:
+        """Make a link and route over it, unless the map or the shape has changed meanwhile."""
+        try:
+            link = links.connect(address, self._hello(address, shape), self._itemsize, self.config.connect_timeout_s)
+        except LinkError as e:
+            log.warning("%s", e)
+            with self._changed:
+                self._dead.add((address.host, address.incarnation))
+            self._send_dead(address, str(e))
+            return
+        with self._changed:
+            have = {k.address.host for k in self._routes.links} if self._routes is not None else set()
+            current = self._latest is not None and self._latest.hosts.get(address.host) == address
+            if not current or shape != self._shape or self._routes is None or address.host in have:
+                link.close()
+                return
+            self._use_links((*self._routes.links, link))
+
+    def _hello(self, address: HostAddress, shape: Shape) -> Hello:
+        return Hello(
             self.config.engine,
             self.incarnation,
             address.host,
             address.incarnation,
-            transport,
+            links.choose_transport(address, node_id(), self.config.transport),
             shape.hidden,
             shape.dtype_name,
             self.config.max_tokens * shape.top_k,
             shape.top_k,
         )
-        try:
-            return links.connect(address, hello, self._itemsize, self.config.connect_timeout_s)
-        except LinkError as e:
-            log.warning("%s", e)
-            self._dead.add((address.host, address.incarnation))
-            self._send_dead(address, str(e))
-            return None
 
     def _send_dead(self, address: HostAddress, reason: str) -> None:
         if self._feed is not None:
@@ -320,142 +330,3 @@ class Dispatcher:
         if self._feed is not None and time.monotonic() - self._reported_at > REPORT_EVERY_S:
             self._reported_at = time.monotonic()
             self._feed.send({"event": "rows", "hosts": dict(self.rows_served)})
-
-
-class _Call:
-    """One layer call: pairs are (token, slot) in row-major order; each ends with the address of its row."""
-
-    def __init__(
-        self, owner: Dispatcher, layer: int, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> None:
-        self.owner, self.layer, self.device = owner, layer, x.device
-        self.x = x.to("cpu").contiguous()
-        self.weights = topk_weights.to("cpu", torch.float32).contiguous()
-        self.ids = topk_ids.to("cpu", torch.int32).contiguous()
-        self.tokens, self.k = self.ids.shape
-        self.pairs = self.tokens * self.k
-        self.row_bytes = self.x.shape[1] * self.x.element_size()
-        # One block for the columns that hop.c fills, since each array of its own would cost a microsecond or two:
-        # 8 bytes a pair for `rows`, 4 each for `host`, `row` and `factors`, 1 for `done`.
-        self.block = np.zeros(self.pairs * 21, np.uint8)
-        self.routes: Routes | None = None
-        self.rounds = 0
-        self.kept: list[object] = []  # what rows of earlier rounds lie in
-        at, n = self.block.ctypes.data, self.pairs
-        self.call = native.Call(
-            x=self.x.data_ptr(),
-            ids=self.ids.data_ptr(),
-            weights=self.weights.data_ptr(),
-            rows=at,
-            host=at + 8 * n,
-            row=at + 12 * n,
-            factors=at + 16 * n,
-            done=at + 20 * n,
-            row_bytes=self.row_bytes,
-            pairs=n,
-            k=self.k,
-            expert_cost=owner.config.expert_cost,
-            layer=layer,
-            flags=wire.FLAG_SUM if owner.config.combine == "sum" else 0,
-        )
-
-    @property
-    def done(self) -> np.ndarray:
-        """bool [pairs]: which have their rows."""
-        return self.block[20 * self.pairs :].view(np.bool_)
-
-    def post(self) -> bool:
-        """Route the pairs that have no row yet, and post them; whether there were any."""
-        if not self.pairs or (self.rounds and self.done.all()):
-            return False
-        if self.rounds:
-            self._keep_rows()
-        self.rounds += 1
-        self.routes = self._route()
-        for link in self.routes.links:
-            if link.raw.state == native.WAITING:
-                try:
-                    link.send()
-                except LinkError as e:
-                    self._fail(link, str(e))
-        return True
-
-    def _route(self) -> Routes:
-        """Choose replicas, pack and publish; waits for a new map while an expert has no live replica."""
-        owner, newer_than = self.owner, None
-        while True:
-            routes = owner.routes_for(self.layer, newer_than)
-            table = routes.tables.get(self.layer)
-            if table is None:
-                raise DispatchError(f"layer {self.layer} is not in expert map version {routes.expert_map.version}")
-            call, (experts, replicas, _) = self.call, table.shape
-            call.table, call.experts, call.replicas = table.ctypes.data, experts, replicas
-            call.map_version, call.links = routes.expert_map.version, len(routes.links)
-            call.served, call.scratch, call.cost = owner.counters(self.layer, experts, len(routes.links))
-            status = native.begin(ctypes.addressof(call), routes.pointers)
-            if status == 0:
-                return routes
-            if status == native.OUT_OF_RANGE:
-                raise DispatchError(f"layer {self.layer}: topk_ids outside 0..{experts - 1}")
-            newer_than = routes.expert_map.version
-            log.warning("layer %d, expert %d has no live replica; waiting for a new map", self.layer, -1 - status)
-            try:
-                owner.routes_for(self.layer, newer_than)
-            except DispatchError as e:
-                raise NoReplicaError(self.layer, -1 - status, newer_than) from e
-
-    def wait(self) -> None:
-        """Wait for all replies. A host that fails is dropped, and its pairs stay without rows."""
-        config, routes = self.owner.config, self.routes
-        assert routes is not None
-        call, deadline = ctypes.addressof(self.call), time.monotonic() + config.call_timeout_s
-        status = native.ATTENTION
-        while status == native.ATTENTION:
-            left_us = int((deadline - time.monotonic()) * 1e6)
-            status = native.finish(call, routes.pointers, config.yield_us, max(0, left_us))
-            for index, link in enumerate(routes.links):
-                state = link.raw.state
-                if state == native.READABLE:
-                    self._receive(index, link)
-                elif state == native.GONE:
-                    self._fail(link, "connection closed")
-                elif state == native.WRONG:
-                    self._fail(link, link.why())
-                elif state == native.WAITING and status == native.TIMEOUT:
-                    self._fail(link, f"no answer within {config.call_timeout_s} s")
-        served = self.owner.rows_served
-        for link in routes.links:
-            if link.raw.state == native.DONE:
-                served[link.address.host] = served.get(link.address.host, 0) + link.raw.header.pairs
-
-    def _receive(self, index: int, link: Link) -> None:
-        """Read a reply over TCP, and check it."""
-        try:
-            header = link.receive()
-        except LinkError as e:
-            self._fail(link, str(e))
-            return
-        native.collect(ctypes.addressof(self.call), ctypes.addressof(link.raw), index, ctypes.addressof(header))
-        if link.raw.state == native.WRONG:
-            self._fail(link, link.why())
-
-    def _fail(self, link: Link, reason: str) -> None:
-        link.raw.state = native.IDLE
-        self.owner.fail(link, reason)
-
-    def _keep_rows(self) -> None:
-        """Before another round overwrites the links: copy the rows that have arrived, and point to the copies."""
-        rows = np.empty((self.pairs, self.row_bytes), np.uint8)
-        pointers = self.block[: 8 * self.pairs].view(np.uint64)
-        for p in np.flatnonzero(self.done & (pointers != 0)).tolist():
-            ctypes.memmove(rows.ctypes.data + p * self.row_bytes, int(pointers[p]), self.row_bytes)
-            pointers[p] = rows.ctypes.data + p * self.row_bytes
-        self.kept.append(rows)
-
-    def combine(self) -> torch.Tensor:
-        """Sum over a token's pairs in slot order, weighted, in float32, rounded once: [tokens, hidden]."""
-        out = torch.empty_like(self.x)
-        if self.pairs:
-            dtype = native.DTYPES[str(self.x.dtype).removeprefix("torch.")]
-            native.combine(ctypes.addressof(self.call), out.data_ptr(), dtype)
-        return out.to(self.device)

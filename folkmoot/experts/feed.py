@@ -2,12 +2,15 @@
 
 A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
 thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host",
-"incarnation", "reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}.
+"incarnation", "reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}. Also up:
+{"event": "no_replica", "reason"}, which asks to end all running requests; {"ended": number} down says that they are.
 """
 
+import contextlib
 import json
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +22,8 @@ from folkmoot.experts.expert_map import ExpertMap
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
+SEND_TIMEOUT = struct.pack("ll", 1, 0)
+"""A second (a timeval): a layer must not wait for one who does not read."""
 
 
 class MapFeed:
@@ -30,6 +35,7 @@ class MapFeed:
         self._lock = threading.Lock()
         self._unsent: list[dict[str, Any]] = []
         self._closed = False
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="map-feed", daemon=True)
         self._thread.start()
 
@@ -39,12 +45,17 @@ class MapFeed:
             self._unsent.append(event)
             self._flush()
 
+    def end_requests(self, reason: str, timeout_s: float) -> bool:
+        """Ask for the end of all running requests; whether that was confirmed within `timeout_s`. Blocks."""
+        self._ended.clear()
+        self.send({"event": "no_replica", "reason": reason})
+        return self._ended.wait(timeout_s)
+
     def close(self) -> None:
         """Stop the thread and close the connection."""
         self._closed = True
         with self._lock:
-            if self._sock is not None:
-                self._sock.shutdown(socket.SHUT_RDWR)
+            self._hang_up()
 
     def _flush(self) -> None:
         if self._sock is None:
@@ -54,14 +65,22 @@ class MapFeed:
             while self._unsent:
                 self._sock.sendall(json.dumps(self._unsent[0]).encode() + b"\n")
                 self._unsent.pop(0)
-        except OSError:
-            self._sock = None  # the reader sees the end as well, and reconnects
+        except OSError:  # gone, or it takes nothing; a part of a line may have been sent
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """The reader then sees the end, and reconnects."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock = None
 
     def _run(self) -> None:
         while not self._closed:
             try:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                     sock.connect(self._path)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
                     with self._lock:
                         self._sock = sock
                         self._unsent.insert(0, {"event": "ready"})
@@ -78,7 +97,11 @@ class MapFeed:
         with sock.makefile("rb") as lines:
             for line in lines:
                 try:
-                    self._on_map(ExpertMap.from_json(json.dumps(json.loads(line)["map"])))
+                    message = json.loads(line)
+                    if "ended" in message:
+                        self._ended.set()
+                    else:
+                        self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
                 except Exception:
                     log.exception("a message of the map feed could not be used")
 

@@ -91,11 +91,12 @@ static void set_sleeping(struct waiter *w, int n, uint32_t value) {
             __atomic_store_n(w[i].sleeping, value, __ATOMIC_SEQ_CST);
 }
 
-/* Read away the doorbell's bytes; end-of-file or an error is a death. */
+/* Read away the doorbell's bytes; end-of-file or an error is a death. A peer rings at most once a request, so one that
+ * floods the doorbell, and would keep us at reading it, counts as gone too. */
 static int drain(int fd) {
     char bytes[256];
-    ssize_t got;
-    while ((got = recv(fd, bytes, sizeof bytes, MSG_DONTWAIT)) > 0) {}
+    ssize_t got = recv(fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    if (got > 0) return got == sizeof bytes ? -1 : 0;
     return got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) ? 0 : -1;
 }
 
@@ -137,7 +138,7 @@ int fm_wait(struct waiter *w, int n, int64_t yield_us, int64_t timeout_us) {
         set_sleeping(w, n, 1 + sched_getcpu());
         found = check_flags(w, n); /* what came before the peer could see that we sleep */
         int64_t left = timeout_us < 0 ? -1 : timeout_us - (now_us() - began);
-        if (!found && (timeout_us < 0 || left > 0)) found = poll_once(w, n, left);
+        if (!found) found = poll_once(w, n, timeout_us >= 0 && left < 0 ? 0 : left);
         set_sleeping(w, n, 0);
         found += check_flags(w, n);
         if (found || (timeout_us >= 0 && left <= 0)) return found;
@@ -151,7 +152,8 @@ struct link { /* native.Link: one connection to a host */
     uint8_t *request, *reply, *page; /* areas for payloads; page is NULL for TCP */
     int64_t reply_limit;
     uint64_t engine_incarnation, host_incarnation, seq;
-    int32_t fd, state, rows, last_token;
+    int64_t posted_us, took_us; /* when the last request was posted, and how long its reply took */
+    int32_t fd, state, rows, last_token, number, pad; /* number: never used again for another link */
 };
 
 struct call { /* native.Call: one layer's rows. Pairs are (token, slot) in row-major order. */
@@ -160,7 +162,7 @@ struct call { /* native.Call: one layer's rows. Pairs are (token, slot) in row-m
     const float *weights;  /* [pairs] */
     const int32_t *table;  /* [experts][replicas][2]: (link, slot), link -1 for none */
     uint8_t *done;         /* [pairs]: has its row */
-    int32_t *host, *row;   /* [pairs]: link, and row in that link's reply */
+    int32_t *host, *row;   /* [pairs]: number of the link asked, and row in that link's reply */
     const uint8_t **rows;  /* [pairs]: where the row lies; NULL if its sum came with another pair's */
     float *factors;        /* [pairs]: what the row counts in the sum */
     int64_t *served;       /* [experts]: rows so far */
@@ -237,7 +239,7 @@ static void pack(struct call *c, struct link **links) {
             c->row[p] = row;
         }
         l->last_token = token;
-        c->host[p] = replica[0];
+        c->host[p] = l->number;
         c->served[e]++;
     }
 }
@@ -252,6 +254,7 @@ static void write_header(struct call *c, struct link *l) {
         .rows = h->rows, .pairs = pairs,
         .payload_bytes = slots + (c->flags & FLAG_SUM ? 3 * ALIGN64(pairs * 4) : pairs * 4)};
     l->state = WAITING;
+    l->posted_us = now_us();
     if (l->page) memcpy(l->page + REQUEST_HEADER, h, sizeof *h);
 }
 
@@ -277,14 +280,15 @@ int fm_begin(struct call *c, struct link **links) {
 }
 
 /* Check a reply against its request, and note where each pair's row lies. Sets the link DONE or WRONG. */
-void fm_collect(struct call *c, struct link *l, int index, const struct header *reply) {
+void fm_collect(struct call *c, struct link *l, const struct header *reply) {
     struct header expected = l->header;
     expected.kind = REPLY;
     expected.payload_bytes = l->header.rows * c->row_bytes;
     l->state = memcmp(reply, &expected, sizeof expected) || expected.payload_bytes > l->reply_limit ? WRONG : DONE;
     if (l->state != DONE) return;
+    l->took_us = now_us() - l->posted_us;
     for (int p = 0; p < c->pairs; p++) {
-        if (c->done[p] || c->host[p] != index) continue;
+        if (c->done[p] || c->host[p] != l->number) continue;
         c->rows[p] = c->row[p] < 0 ? NULL : l->reply + c->row[p] * c->row_bytes;
         c->factors[p] = c->flags & FLAG_SUM ? 1.0f : c->weights[p];
         c->done[p] = 1;
@@ -319,7 +323,7 @@ int fm_finish(struct call *c, struct link **links, int64_t yield_us, int64_t tim
             else {
                 struct header reply;
                 memcpy(&reply, l->page + REPLY_HEADER, sizeof reply);
-                fm_collect(c, l, index[j], &reply);
+                fm_collect(c, l, &reply);
             }
             attention |= l->state != DONE;
         }
@@ -392,9 +396,24 @@ static inline uint16_t f32_to_bf16(float f) { /* round to nearest even; NaN stay
     return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
 
+static inline uint32_t not_finite(float f) { /* as integers, which a compiler turns into vector code */
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return (u & 0x7f800000) == 0x7f800000;
+}
+
+/* Whether a row holds an infinity or a NaN. */
+#define FIND(NAME, T, LOAD)                                                 \
+    CLONES static uint32_t NAME(const T *row, int64_t hidden) {             \
+        uint32_t odd = 0;                                                   \
+        for (int64_t i = 0; i < hidden; i++) odd |= not_finite(LOAD(row[i])); \
+        return odd;                                                         \
+    }
+
 /* The first row is multiplied, the others are fused multiply-adds: as vLLM's kernel does it in float32. */
 #define COMBINE(NAME, T, LOAD, STORE)                                                                          \
-    CLONES static void NAME(T *restrict out, const uint8_t *const *rows, const float *w, int k, int64_t hidden) { \
+    CLONES static uint32_t NAME(T *restrict out, const uint8_t *const *rows, const float *w, int k, int64_t hidden) { \
+        uint32_t odd = 0;                                                                                      \
         for (int64_t base = 0; base < hidden; base += 256) {                                                   \
             float acc[256] = {0};                                                                              \
             int64_t n = hidden - base < 256 ? hidden - base : 256;                                             \
@@ -406,8 +425,9 @@ static inline uint16_t f32_to_bf16(float f) { /* round to nearest even; NaN stay
                 else for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(w[s], LOAD(r[i]), acc[i]);        \
                 first = 0;                                                                                     \
             }                                                                                                  \
-            for (int64_t i = 0; i < n; i++) out[base + i] = STORE(acc[i]);                                     \
+            for (int64_t i = 0; i < n; i++) out[base + i] = STORE(acc[i]), odd |= not_finite(acc[i]);          \
         }                                                                                                      \
+        return odd;                                                                                            \
     }
 #define SAME(v) (v)
 #define TO_F16(v) ((_Float16)(v))
@@ -416,14 +436,38 @@ COMBINE(combine_f32, float, SAME, SAME)
 COMBINE(combine_bf16, uint16_t, bf16_to_f32, f32_to_bf16)
 COMBINE(combine_f16, _Float16, FROM_F16, TO_F16)
 
-/* out[t] = sum over t's pairs, in slot order, of factors[p] * *rows[p]: accumulated in float32, rounded once. */
-void fm_combine(const struct call *c, void *out, int dtype) {
+FIND(find_f32, float, SAME)
+FIND(find_bf16, uint16_t, bf16_to_f32)
+FIND(find_f16, _Float16, FROM_F16)
+
+static uint32_t find(const uint8_t *row, int64_t row_bytes, int dtype) {
+    if (dtype == F32) return find_f32((const float *)row, row_bytes / 4);
+    if (dtype == BF16) return find_bf16((const uint16_t *)row, row_bytes / 2);
+    return find_f16((const _Float16 *)row, row_bytes / 2);
+}
+
+/* out[t] = sum over t's pairs, in slot order, of factors[p] * *rows[p]: accumulated in float32, rounded once. Returns
+ * whether some sum is not finite. (It is not where a row is not, whatever its weight, so the rows need no look.) */
+int fm_combine(const struct call *c, void *out, int dtype) {
     int64_t hidden = c->row_bytes / (dtype == F32 ? 4 : 2);
+    uint32_t odd = 0;
     for (int t = 0; t < c->pairs / c->k; t++) {
         const uint8_t *const *rows = c->rows + (int64_t)t * c->k;
         const float *w = c->factors + (int64_t)t * c->k;
-        if (dtype == F32) combine_f32((float *)out + t * hidden, rows, w, c->k, hidden);
-        else if (dtype == BF16) combine_bf16((uint16_t *)out + t * hidden, rows, w, c->k, hidden);
-        else combine_f16((_Float16 *)out + t * hidden, rows, w, c->k, hidden);
+        if (dtype == F32) odd |= combine_f32((float *)out + t * hidden, rows, w, c->k, hidden);
+        else if (dtype == BF16) odd |= combine_bf16((uint16_t *)out + t * hidden, rows, w, c->k, hidden);
+        else odd |= combine_f16((_Float16 *)out + t * hidden, rows, w, c->k, hidden);
     }
+    return odd != 0;
+}
+
+/* Mark each pair whose row is not finite although its token's x is. Returns how many. */
+int fm_doubt(const struct call *c, uint8_t *doubtful, int dtype) {
+    int found = 0;
+    for (int p = 0; p < c->pairs; p++) {
+        const uint8_t *x = c->x + p / c->k * c->row_bytes;
+        doubtful[p] = c->rows[p] && find(c->rows[p], c->row_bytes, dtype) && !find(x, c->row_bytes, dtype);
+        found += doubtful[p];
+    }
+    return found;
 }

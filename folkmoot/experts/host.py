@@ -6,36 +6,33 @@ that no engine's sending ever blocks behind a host's. Connections are accepted a
 """
 
 import collections
-import contextlib
 import ctypes
-import fcntl
 import logging
-import mmap
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from folkmoot.experts import links, native, wire
+from folkmoot.experts import native, wire
+from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_map import HostAddress
+from folkmoot.experts.greeter import Greeter
 from folkmoot.experts.node import node_id
 from folkmoot.experts.warm import Control, exit_with_owner
 from folkmoot.experts.wire import Hello, WireError
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 512
+MAX_AREA_BYTES = 2 << 30
+"""What an engine may make one connection's rows take in each direction: headers count bytes in 32 bits."""
 REPORT_EVERY_S = 1.0
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-"""A segment that could shrink would kill the host with SIGBUS."""
 REFUSALS = {
     -1: "not a request",
     -2: "for another incarnation",
@@ -48,12 +45,12 @@ REFUSALS = {
 }
 """What hop.c found wrong with a request."""
 
-ByteArray: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
-IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
-
 
 class Kernel(Protocol):
-    """Runs the experts of one layer: row p of `out` is expert slots[p] applied to x[p], unweighted."""
+    """Runs the experts of one layer: row p of `out` is expert slots[p] applied to x[p], unweighted.
+
+    Where it has `hidden_size` and `dtype`, as vLLM's kernels do, engines with other rows are refused.
+    """
 
     def __call__(self, x: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
 
@@ -129,13 +126,14 @@ class ExpertServer:
         self._on_load = on_load
         self._reported_at = 0.0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._new: collections.deque[_ShmConnection] = collections.deque()
-        self._inbox: collections.deque[_TcpConnection] = collections.deque()
-        self._connections: list[_ShmConnection] = []
+        self._new: collections.deque[ShmConnection] = collections.deque()
+        self._inbox: collections.deque[TcpConnection] = collections.deque()
+        self._connections: list[ShmConnection] = []
+        self._open: set[Areas] = set()
+        self._greeter = Greeter(self._admit)
         self._num_slots = np.zeros(max(slots, default=0) + 1, np.int32)
         for layer, num in slots.items():
             self._num_slots[layer] = num
-        self._num_open = 0
 
     def listen(self) -> HostAddress:
         """Open the sockets, accept in threads, and say where."""
@@ -151,8 +149,7 @@ class ExpertServer:
             tcp_address = f"{ip}:{tcp.getsockname()[1]}"
             listeners.append(tcp)
         for listener in listeners:
-            listener.listen(128)
-            threading.Thread(target=self._accept, args=(listener,), name="accept", daemon=True).start()
+            self._greeter.listen(listener)
         return HostAddress(self.spec.host, self.spec.incarnation, node_id(), str(path), tcp_address)
 
     def serve(self) -> None:
@@ -197,71 +194,53 @@ class ExpertServer:
             connection.finished(self._answer(connection))
         return bool(self._new)
 
-    def _answer(self, connection: "_Areas") -> bool:
+    def _answer(self, connection: Areas) -> bool:
         """Check the request at hand, run it, answer; False after a bad one, whose connection must be closed."""
         began = time.monotonic()
         request = connection.raw
         wrong = native.take(ctypes.addressof(request))
         if wrong:
-            text = f"{REFUSALS[wrong]}: {request.header}"
-            log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)
-            native.answer(ctypes.addressof(request), wire.ERROR, connection.write_text(text))
-            return False
+            return _refuse(connection, f"{REFUSALS[wrong]}: {request.header}")
         header = request.header
         kernel, pairs = self.kernels[header.layer], header.pairs
-        if header.flags & wire.FLAG_SUM:
-            _run_sum(kernel, connection, header.rows, pairs)
-        else:
-            kernel(connection.x[:pairs], connection.slots[:pairs], out=connection.out[:pairs])
+        try:
+            if header.flags & wire.FLAG_SUM:
+                _run_sum(kernel, connection, header.rows, pairs)
+            else:
+                kernel(connection.x[:pairs], connection.slots[:pairs], out=connection.out[:pairs])
+        except Exception as e:  # other engines are to be served on
+            log.exception("a kernel failed on %s", header)
+            return _refuse(connection, f"the kernel failed: {type(e).__name__}: {e}")
         self.load.requests += 1
         self.load.rows += pairs
         self.load.busy_s += time.monotonic() - began
         native.answer(ctypes.addressof(request), wire.REPLY, header.rows * connection.row_bytes)
         return True
 
-    def _drop(self, connection: "_ShmConnection") -> None:
+    def _drop(self, connection: ShmConnection) -> None:
         connection.close()
-        self._num_open -= 1
+        self._open.discard(connection)
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError as e:
-                log.error("accepting failed: %s", e)
-                time.sleep(0.1)
-                continue
-            threading.Thread(target=self._greet, args=(sock,), name="greet", daemon=True).start()
+    def _admit(self, sock: socket.socket, raw: Mapping[str, Any], fd: int | None) -> Callable[[], None]:
+        """For the greeter: the connection, and what serves it. Raises WireError, TypeError, ValueError, OSError."""
+        hello = self._check_hello(raw)
+        if hello.transport == "shm":
+            shared = ShmConnection(sock, hello, self._num_slots, fd)
+            return lambda: self._add(shared)
+        stream = TcpConnection(sock, hello, self._num_slots, self._bring)
+        return lambda: self._run(stream)
 
-    def _greet(self, sock: socket.socket) -> None:
-        """Shake hands; for TCP, become the connection's thread."""
-        sock.settimeout(HANDSHAKE_TIMEOUT_S)
-        fd = None
-        try:
-            raw, fd = wire.receive_line(sock)
-            hello = self._check_hello(raw)
-            connection = (
-                _ShmConnection(sock, hello, self._num_slots, fd)
-                if hello.transport == "shm"
-                else _TcpConnection(sock, hello, self._num_slots, self._bring)
-            )
-            wire.send_line(sock, {"ok": True})
-        except (OSError, WireError, TypeError, ValueError) as e:
-            log.warning("refused a connection: %s", e)
-            _try_send(sock, {"error": str(e)})
-            sock.close()
-            return
-        finally:
-            if fd is not None:
-                os.close(fd)
-        self._num_open += 1
-        log.info("engine %s connected by %s", hello.engine, hello.transport)
-        if isinstance(connection, _ShmConnection):
-            self._new.append(connection)
-            os.eventfd_write(self._wake, 1)
-        else:
-            connection.run()
-            self._num_open -= 1
+    def _add(self, connection: ShmConnection) -> None:
+        log.info("engine %s connected by shared memory", connection.hello.engine)
+        self._open.add(connection)
+        self._new.append(connection)
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self, connection: TcpConnection) -> None:
+        log.info("engine %s connected by TCP", connection.hello.engine)
+        self._open.add(connection)
+        connection.run()
+        self._open.discard(connection)
 
     def _check_hello(self, raw: Mapping[str, Any]) -> Hello:
         hello = Hello(**raw)
@@ -273,11 +252,18 @@ class ExpertServer:
             raise WireError(f"transport {hello.transport!r} or dtype {hello.dtype!r} is unknown")
         if not (0 < hello.hidden <= 1 << 17 and 0 < hello.max_rows <= 1 << 20 and 0 < hello.top_k <= 1024):
             raise WireError("hidden, max_rows or top_k is out of range")
-        if self._num_open >= MAX_CONNECTIONS:
+        dtype: torch.dtype = getattr(torch, hello.dtype)
+        if hello.max_rows * hello.hidden * dtype.itemsize > MAX_AREA_BYTES:
+            raise WireError(f"max_rows {hello.max_rows} of {hello.hidden} {hello.dtype} exceed {MAX_AREA_BYTES} bytes")
+        for kernel in self.kernels.values():
+            own = (getattr(kernel, "hidden_size", hello.hidden), getattr(kernel, "dtype", dtype))
+            if own != (hello.hidden, dtype):
+                raise WireError(f"rows are {own[0]} x {own[1]} here, not {hello.hidden} x {dtype}")
+        if len(self._open) >= MAX_CONNECTIONS:
             raise WireError(f"{MAX_CONNECTIONS} connections are open already")
         return hello
 
-    def _bring(self, connection: "_TcpConnection") -> None:
+    def _bring(self, connection: TcpConnection) -> None:
         self._inbox.append(connection)
         os.eventfd_write(self._wake, 1)
 
@@ -287,117 +273,15 @@ class ExpertServer:
             self._on_load(self.load)
 
 
-def _run_sum(kernel: Kernel, areas: "_Areas", rows: int, pairs: int) -> None:
+def _refuse(connection: Areas, text: str) -> bool:
+    log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)
+    native.answer(ctypes.addressof(connection.raw), wire.ERROR, connection.write_text(text))
+    return False
+
+
+def _run_sum(kernel: Kernel, areas: Areas, rows: int, pairs: int) -> None:
     """Row t of the reply is the weighted sum, in float32, of the rows of the pairs whose token is t."""
     results = kernel(areas.x[:pairs], areas.slots[:pairs])
     total = torch.zeros((rows, areas.hello.hidden), dtype=torch.float32)
     total.index_add_(0, areas.tokens[:pairs].long(), results.float() * areas.weights(pairs)[:, None])
     areas.out[:rows].copy_(total)
-
-
-class _Areas:
-    """The host's end of a connection: request and reply as tensors over the areas themselves, so no row is copied."""
-
-    def __init__(self, hello: Hello, num_slots: IntArray, memory: ByteArray, sock: socket.socket) -> None:
-        """`memory` is the request area followed by the reply area."""
-        self.hello, self._sock = hello, sock
-        dtype: torch.dtype = getattr(torch, hello.dtype)
-        self.row_bytes = hello.hidden * dtype.itemsize
-        size = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows)
-        self.request, self.reply = memory[: size.request], memory[size.request : size.request + size.reply]
-        length = hello.max_rows * self.row_bytes
-        self.x = torch.from_numpy(self.request[:length]).view(dtype).view(hello.max_rows, hello.hidden)
-        self.out = torch.from_numpy(self.reply[:length]).view(dtype).view(hello.max_rows, hello.hidden)
-        self.slots, self.tokens = torch.zeros((2, hello.max_rows), dtype=torch.int32)
-        self.raw = native.Connection(
-            request=self.request.ctypes.data,
-            reply=self.reply.ctypes.data,
-            num_slots=num_slots.ctypes.data,
-            slots=self.slots.data_ptr(),
-            tokens=self.tokens.data_ptr(),
-            engine_incarnation=hello.engine_incarnation,
-            host_incarnation=hello.host_incarnation,
-            row_bytes=self.row_bytes,
-            fd=sock.fileno(),
-            max_rows=hello.max_rows,
-            num_layers=len(num_slots),
-        )
-
-    def weights(self, pairs: int) -> torch.Tensor:
-        """float32 [pairs], of a request in sum mode."""
-        at = wire.align(pairs * self.row_bytes) + 2 * wire.align(pairs * 4)
-        return torch.from_numpy(self.request[at : at + 4 * pairs].view(np.float32).copy())
-
-    def write_text(self, text: str) -> int:
-        """Put a text into the reply; its length in bytes."""
-        data = text.encode()[: wire.MAX_ERROR_BYTES]
-        self.reply[: len(data)] = np.frombuffer(data, np.uint8)
-        return len(data)
-
-
-class _ShmConnection(_Areas):
-    """The host's end of a ShmLink."""
-
-    def __init__(self, sock: socket.socket, hello: Hello, num_slots: IntArray, fd: int | None) -> None:
-        if fd is None:
-            raise WireError("no memfd came with the hello")
-        dtype: torch.dtype = getattr(torch, hello.dtype)
-        segment = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows).segment
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(fd).st_size != segment:
-            raise WireError("the memfd has another size or is not sealed against changing it")
-        memory = np.frombuffer(mmap.mmap(fd, segment), np.uint8)
-        super().__init__(hello, num_slots, memory[wire.OFF_PAYLOAD :], sock)
-        self.raw.page = memory.ctypes.data
-        self.closed = False
-
-    def close(self) -> None:
-        """Close the socket; the mapping goes with this object."""
-        self._sock.close()
-        self.closed = True
-
-
-class _TcpConnection(_Areas):
-    """The host's end of a TcpLink: a thread that reads a request, hands it on, and sends what comes of it."""
-
-    def __init__(
-        self, sock: socket.socket, hello: Hello, num_slots: IntArray, bring: Callable[["_TcpConnection"], None]
-    ) -> None:
-        links.set_tcp_options(sock)
-        dtype: torch.dtype = getattr(torch, hello.dtype)
-        size = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows)
-        super().__init__(hello, num_slots, np.empty(size.request + size.reply, np.uint8), sock)
-        self._bring = bring
-        self._finished = threading.Event()
-        self._good = True
-
-    def run(self) -> None:
-        """Serve until the peer is gone or breaks the protocol."""
-        self._sock.settimeout(None)
-        header = self.raw.header
-        head = memoryview(header).cast("B")
-        request, reply = self.request.data, self.reply.data
-        try:
-            while self._good:
-                wire.receive_exactly(self._sock, head)
-                if header.magic != wire.MAGIC or header.payload_bytes > len(request):
-                    raise WireError(f"not a request that fits: {header}")
-                wire.receive_exactly(self._sock, request[: header.payload_bytes])
-                self._finished.clear()
-                self._bring(self)
-                self._finished.wait()
-                self._sock.sendall(bytes(header))
-                self._sock.sendall(reply[: header.payload_bytes])
-        except (OSError, WireError) as e:
-            log.info("connection of engine %s ends: %s", self.hello.engine, e)
-        finally:
-            self._sock.close()
-
-    def finished(self, good: bool) -> None:
-        """From the computing thread: header and reply are filled; after a bad request they are the last."""
-        self._good = good
-        self._finished.set()
-
-
-def _try_send(sock: socket.socket, message: dict[str, str]) -> None:
-    with contextlib.suppress(OSError):
-        wire.send_line(sock, message)

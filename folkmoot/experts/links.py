@@ -6,19 +6,26 @@ reply where they lie. Any failure makes the link useless: the dispatcher closes 
 
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
+import select
 import socket
+import time
 from typing import Protocol
 
 import numpy as np
 
 from folkmoot.experts import native, wire
+from folkmoot.experts.deadline import Pace
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.wire import Hello, WireError
 
 TCP_USER_TIMEOUT_MS = 1500
-"""How long sent bytes may stay unacknowledged before the kernel gives a connection up: a dead node is seen then."""
+"""How long sent bytes may stay unacknowledged before the kernel gives a connection up: a dead node is seen then. Once
+all is acknowledged, keepalive's probes are what stays so: then it is this and a second of silence before."""
+
+_numbers = itertools.count(1)
 
 
 class LinkError(RuntimeError):
@@ -30,12 +37,15 @@ class Link(Protocol):
 
     address: HostAddress
     raw: native.Link
+    pace: Pace | None
 
-    def send(self) -> None:
-        """Send the request that lies packed, where shared memory has not done so already. Raises LinkError."""
+    def send(self, timeout_s: float) -> bool:
+        """Send the request that lies packed, where shared memory has not done so already; False when the time is up
+        (call again to send what is left). Raises LinkError."""
 
-    def receive(self) -> native.Header:
-        """Once readable: the reply's header, its payload now at `raw.reply`. Raises LinkError."""
+    def receive(self) -> native.Header | None:
+        """Read what has come of the reply: its header once it is whole, its payload then at `raw.reply`; else None.
+        Never blocks. Raises LinkError."""
 
     def why(self) -> str:
         """What the host said when its reply was not as it should be."""
@@ -50,7 +60,7 @@ def connect(address: HostAddress, hello: Hello, itemsize: int, timeout_s: float)
         if hello.transport == "shm":
             return ShmLink(address, hello, itemsize, timeout_s)
         return TcpLink(address, hello, itemsize, timeout_s)
-    except (OSError, WireError) as e:
+    except (OSError, ValueError, WireError) as e:
         raise LinkError(f"host {address.host} cannot be reached by {hello.transport}: {e}") from e
 
 
@@ -66,6 +76,7 @@ class ShmLink:
 
     def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float) -> None:
         self.address = address
+        self.pace: Pace | None = None
         size = wire.sizes(hello.hidden, itemsize, hello.max_rows)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(timeout_s)
@@ -81,7 +92,7 @@ class ShmLink:
                 wire.send_line(self._sock, hello, fd)
             finally:
                 os.close(fd)
-            _check_welcome(self._sock)
+            _check_welcome(self._sock, timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -90,10 +101,11 @@ class ShmLink:
         request = page + wire.OFF_PAYLOAD
         self.raw = _native(hello, request, request + size.request, size.reply, page, self._sock)
 
-    def send(self) -> None:
+    def send(self, timeout_s: float) -> bool:
         """Nothing: hop.c has published it."""
+        return True
 
-    def receive(self) -> native.Header:
+    def receive(self) -> native.Header | None:
         raise LinkError("shared memory is not received")
 
     def why(self) -> str:
@@ -109,6 +121,7 @@ class TcpLink:
 
     def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float) -> None:
         self.address = address
+        self.pace: Pace | None = None
         size = wire.sizes(hello.hidden, itemsize, hello.max_rows)
         if address.tcp is None:
             raise LinkError(f"host {address.host} does not listen on TCP")
@@ -117,33 +130,65 @@ class TcpLink:
         try:
             set_tcp_options(self._sock)
             wire.send_line(self._sock, hello)
-            _check_welcome(self._sock)
+            _check_welcome(self._sock, timeout_s)
         except BaseException:
             self._sock.close()
             raise
+        self._sock.setblocking(False)
         self._request, self._reply = np.empty(size.request, np.uint8), np.empty(size.reply, np.uint8)
-        self._out, self._in = self._request.data, self._reply.data
         request, reply = self._request.ctypes.data, self._reply.ctypes.data
         self.raw = _native(hello, request, reply, size.reply, None, self._sock)
         self._header = native.Header()
+        self._received = 0  # bytes of the reply
+        self._left: list[memoryview] = []  # what is still to be sent
+        self._left_of = 0  # the request that it belongs to
 
-    def send(self) -> None:
+    def send(self, timeout_s: float) -> bool:
+        raw, until = self.raw, time.monotonic() + timeout_s
+        if self._left_of != raw.seq:
+            self._left_of, self._received = raw.seq, 0
+            self._left = [memoryview(bytes(raw.header)), self._request.data[: raw.header.payload_bytes]]
         try:
-            self._sock.sendall(bytes(self.raw.header))
-            self._sock.sendall(self._out[: self.raw.header.payload_bytes])
+            while self._left:
+                try:
+                    self._sent(self._sock.sendmsg(self._left))
+                except BlockingIOError:
+                    left_s = until - time.monotonic()
+                    if left_s <= 0 or not _wait_writable(self._sock, left_s):
+                        return False
         except OSError as e:
             raise LinkError(f"sending failed: {e}") from e
+        return True
 
-    def receive(self) -> native.Header:
+    def _sent(self, count: int) -> None:
+        while self._left and count >= len(self._left[0]):
+            count -= len(self._left.pop(0))
+        if count:
+            self._left[0] = self._left[0][count:]
+
+    def receive(self) -> native.Header | None:
+        header, head = self._header, memoryview(self._header).cast("B")
         try:
-            wire.receive_exactly(self._sock, memoryview(self._header).cast("B"))
-            size = self._header.payload_bytes
-            if self._header.magic != wire.MAGIC or size > len(self._in):
-                raise LinkError(f"bad reply {self._header}")
-            wire.receive_exactly(self._sock, self._in[:size])
+            if self._received < len(head):
+                self._received += self._read(head[self._received :])
+                if self._received < len(head):
+                    return None
+            if header.magic != wire.MAGIC or header.payload_bytes > len(self._reply):
+                raise LinkError(f"bad reply {header}")
+            payload = self._reply.data[: header.payload_bytes]
+            if (at := self._received - len(head)) < len(payload):
+                self._received += self._read(payload[at:])
+        except BlockingIOError:
+            return None
         except (OSError, WireError) as e:
             raise LinkError(str(e)) from e
-        return self._header
+        return header if self._received == len(head) + len(payload) else None
+
+    def _read(self, into: memoryview) -> int:
+        got = self._sock.recv_into(into)
+        if not got:
+            raise WireError("the peer closed the connection")
+        return got
 
     def why(self) -> str:
         return _why(self.raw, self._header)
@@ -163,6 +208,7 @@ def _native(
         engine_incarnation=hello.engine_incarnation,
         host_incarnation=hello.host_incarnation,
         fd=sock.fileno(),
+        number=next(_numbers),
     )
 
 
@@ -185,8 +231,14 @@ def set_tcp_options(sock: socket.socket) -> None:
         sock.setsockopt(level, option, value)
 
 
-def _check_welcome(sock: socket.socket) -> None:
-    welcome, fd = wire.receive_line(sock)
+def _wait_writable(sock: socket.socket, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _check_welcome(sock: socket.socket, timeout_s: float) -> None:
+    welcome, fd = wire.receive_line(sock, timeout_s)
     if fd is not None:
         os.close(fd)
     if welcome.get("ok") is not True:

@@ -58,10 +58,14 @@ class Link(ctypes.Structure):
         ("engine_incarnation", c_uint64),
         ("host_incarnation", c_uint64),
         ("seq", c_uint64),
+        ("posted_us", c_int64),
+        ("took_us", c_int64),
         ("fd", c_int32),
         ("state", c_int32),
         ("rows", c_int32),
         ("last_token", c_int32),
+        ("number", c_int32),
+        ("pad", c_int32),
     )
 
 
@@ -134,7 +138,8 @@ _library = _load()
 wait = _function("fm_wait", c_int32, c_void_p, c_int32, c_int64, c_int64)
 begin = _function("fm_begin", c_int32, c_void_p, c_void_p)
 finish = _function("fm_finish", c_int32, c_void_p, c_void_p, c_int64, c_int64)
-collect = _function("fm_collect", None, c_void_p, c_void_p, c_int32, c_void_p)
-combine = _function("fm_combine", None, c_void_p, c_void_p, c_int32)
+collect = _function("fm_collect", None, c_void_p, c_void_p, c_void_p)
+combine = _function("fm_combine", c_int32, c_void_p, c_void_p, c_int32)
+doubt = _function("fm_doubt", c_int32, c_void_p, c_void_p, c_int32)
 take = _function("fm_take", c_int32, c_void_p)
 answer = _function("fm_answer", None, c_void_p, c_int32, c_uint32)

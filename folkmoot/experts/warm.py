@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A control message longer than this is refused: the largest real one is an expert map of a few megabytes."""
+
+REQUEST_TIMEOUT_S = 5.0
+MAX_WAITING = 64
 
 OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "20000"}
 """How long OpenMP's workers spin after a parallel region, where engines and hosts share cores: docs/performance.md."""
@@ -60,7 +63,8 @@ class Control:
             self._sock.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
-        """The next message, or None once `timeout_s` has passed. Raises EOFError if the peer is gone."""
+        """The next message, or None once `timeout_s` has passed. Raises EOFError if the peer is gone, WarmParentError
+        if it sends something else. What has come of a message is kept for the next call."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -77,10 +81,17 @@ class Control:
                 raise WarmParentError(f"a control message exceeds {MAX_MESSAGE_BYTES} bytes")
         line, _, rest = self._buffer.partition(b"\n")
         self._buffer = bytearray(rest)
-        message = json.loads(bytes(line))
+        try:
+            message = json.loads(bytes(line))
+        except (ValueError, RecursionError) as e:
+            raise WarmParentError("a control message must be JSON") from e
         if not isinstance(message, dict):
             raise WarmParentError("a control message must be a JSON object")
         return message
+
+    def hang_up(self) -> None:
+        """Close this process's end; where another one has the channel too, it stays open."""
+        self._sock.close()
 
     def close(self) -> None:
         """Close the channel: the other end sees end-of-file."""
@@ -213,39 +224,54 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(socket_path))
     listener.listen(64)
-    watched: list[Any] = [listener, *([sys.stdin.fileno()] if with_parent else [])]
+    owner: list[Any] = [sys.stdin.fileno()] if with_parent else []
+    waiting: dict[Control, float] = {}  # who has not said yet what it wants, and until when it may
     try:
         while True:
-            ready = select.select(watched, [], [])[0]
-            if listener not in ready:
+            ready = select.select([listener, *owner, *waiting], [], [], 1.0 if waiting else None)[0]
+            if owner and owner[0] in ready:
                 return
-            connection, _ = listener.accept()
-            _answer(connection, listener)
-            connection.close()
+            if listener in ready:
+                waiting[Control(listener.accept()[0])] = time.monotonic() + REQUEST_TIMEOUT_S
+            late = [c for c, until in waiting.items() if time.monotonic() > until or c is _oldest_of_many(waiting)]
+            for control in {*ready, *late} & waiting.keys():
+                if control in late or _answer(control, [listener, *waiting]):
+                    del waiting[control]
+                    control.hang_up()
     finally:
         listener.close()
         socket_path.unlink(missing_ok=True)
 
 
-def _answer(connection: socket.socket, listener: socket.socket) -> None:
-    """Read one request and fork for it. A connection that closes without one is a probe."""
-    control = Control(connection)
+def _oldest_of_many(waiting: Mapping[Control, float]) -> Control | None:
+    """Who has to give way, since too many wait."""
+    return next(iter(waiting)) if len(waiting) > MAX_WAITING else None
+
+
+def _answer(control: Control, not_for_child: Iterable[Any]) -> bool:
+    """Read what has come of a request, and fork once it is whole; whether this connection is done with.
+
+    A connection that closes without a request is a probe. A child closes `not_for_child`, but for its own.
+    """
     try:
-        request = control.receive(5.0)
+        request = control.receive(0.0)
         if request is None:
-            return
+            return False
         entry, spec, log_path = str(request["entry"]), dict(request["spec"]), str(request["log"])
     except EOFError:
-        return
+        return True
     except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
         with contextlib.suppress(OSError):
             control.send({"error": f"bad request: {e!r}"})
-        return
+        return True
     if (pid := os.fork()) != 0:
         log.info("forked %d for %s", pid, entry)
-        return
-    listener.close()
+        return True
+    for other in not_for_child:
+        if other is not control:
+            os.close(other.fileno())
     _run_child(entry, spec, log_path, control)
+    return True
 
 
 def _run_child(entry: str, spec: dict[str, Any], log_path: str, control: Control) -> None:
@@ -283,7 +309,8 @@ def exit_with_owner(
     on_message: Callable[[dict[str, Any]], None] | None = None,
     before_exit: Callable[[], None] = lambda: None,
 ) -> threading.Thread:
-    """Watch control in a daemon thread: pass each message on, and end this process when the owner is gone.
+    """Watch control in a daemon thread: pass each message on, and end this process when the owner is gone, or speaks in
+    another way than an owner does. A message that cannot be used is logged.
 
     `before_exit` runs on that thread first; it should not take long, and whatever it raises, the process ends.
     """
@@ -293,16 +320,27 @@ def exit_with_owner(
             while True:
                 message = control.receive()
                 if message is not None and on_message is not None:
-                    on_message(message)
+                    _use(message, on_message)
         except EOFError:
-            try:
-                before_exit()
-            finally:
-                os._exit(0)
+            status = 0
+        except Exception:
+            log.exception("the control channel is of no use any more")
+            status = 1
+        try:
+            before_exit()
+        finally:
+            os._exit(status)
 
     thread = threading.Thread(target=watch, name="owner-watch", daemon=True)
     thread.start()
     return thread
+
+
+def _use(message: dict[str, Any], on_message: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        on_message(message)
+    except Exception:
+        log.exception("a message of the owner could not be used")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ not match (magic, incarnations, sequence) is dropped with its connection.
 """
 
 import json
+import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -86,29 +88,46 @@ def send_line(sock: socket.socket, message: object, fd: int | None = None) -> No
         socket.send_fds(sock, [line], [fd])
 
 
-def receive_line(sock: socket.socket) -> tuple[dict[str, object], int | None]:
-    """Receive one line of JSON, and a file descriptor if one came (the caller closes it).
+def receive_line(sock: socket.socket, timeout_s: float) -> tuple[dict[str, object], int | None]:
+    """Receive one line of JSON within `timeout_s`, and a file descriptor if one came (the caller closes it).
 
-    The peer must not send more than the line before it is answered. Raises WireError, or OSError on a time-out.
+    The peer must not send more than the line before it is answered. Raises WireError, or OSError.
     """
-    data, fd = b"", None
+    fds: list[int] = []
+    try:
+        data = _receive_line(sock, timeout_s, fds)
+        try:
+            message = json.loads(data)
+        except (ValueError, RecursionError) as e:
+            raise WireError("the first line is not JSON") from e
+        if not isinstance(message, dict):
+            raise WireError("the first line is not a JSON object")
+        if len(fds) > 1:
+            raise WireError("more than one file descriptor came")
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, fds[0] if fds else None
+
+
+def _receive_line(sock: socket.socket, timeout_s: float, fds: list[int]) -> bytes:
+    """The line; descriptors that come are added to `fds`."""
+    data, deadline = b"", time.monotonic() + timeout_s
     while not data.endswith(b"\n"):
-        chunk, fds, _, _ = (
-            socket.recv_fds(sock, MAX_HELLO_BYTES, 1)
-            if sock.family == socket.AF_UNIX
-            else (sock.recv(MAX_HELLO_BYTES), [], 0, None)
-        )
-        fd = fds[0] if fds else fd
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise WireError(f"no whole line within {timeout_s:g} s")
+        sock.settimeout(left_s)
+        if sock.family == socket.AF_UNIX:
+            chunk, new, _, _ = socket.recv_fds(sock, MAX_HELLO_BYTES, 1)
+            fds += new
+        else:
+            chunk = sock.recv(MAX_HELLO_BYTES)
         data += chunk
         if not chunk or len(data) > MAX_HELLO_BYTES:
             raise WireError("the peer closed the connection" if not chunk else "the first line is too long")
-    try:
-        message = json.loads(data)
-    except ValueError as e:
-        raise WireError("the first line is not JSON") from e
-    if not isinstance(message, dict):
-        raise WireError("the first line is not a JSON object")
-    return message, fd
+    return data
 
 
 def receive_exactly(sock: socket.socket, view: memoryview) -> None:

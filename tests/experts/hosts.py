@@ -1,8 +1,11 @@
 """Real expert host processes around a small, exactly known kernel: expert e of layer n maps a row x to (e + 1) * x + n.
 
-They are forked by a real warm parent, as in production; only the weights are simpler. `stall_s` makes a host stall.
+They are forked by a real warm parent, as in production; only the weights are simpler. `stall_s` makes every call that
+much slower; with `half_replies` a host sends half of each reply over TCP and then nothing; with `liar` its row for x is
+NaN where bit `liar` of the whole number x[0] is set.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import warm
+from folkmoot.experts import warm, wire
+from folkmoot.experts.connections import TcpConnection
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.host import ExpertServer, HostSpec
 from folkmoot.experts.warm import Control, exit_with_owner
@@ -36,7 +40,9 @@ def expert_row(layer: int, x: torch.Tensor, experts: torch.Tensor) -> torch.Tens
 def main(spec: dict[str, Any], control: Control) -> None:
     """Entry point in the forked process."""
     torch.set_num_threads(1)
-    stall_s = float(spec.pop("stall_s", 0.0))
+    stall_s, liar = float(spec.pop("stall_s")), spec.pop("liar")
+    if spec.pop("half_replies"):
+        TcpConnection.run = _run_half
     host = HostSpec.from_dict(spec)
 
     def kernel_of(layer: int, experts: Sequence[int]) -> Any:
@@ -45,6 +51,8 @@ def main(spec: dict[str, Any], control: Control) -> None:
         def run(x: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             time.sleep(stall_s)
             rows = expert_row(layer, x, logical[slots.long()])
+            if liar is not None:
+                rows[x[:, 0].long() >> liar & 1 == 1] = math.nan
             return rows if out is None else out.copy_(rows)
 
         return run
@@ -55,6 +63,18 @@ def main(spec: dict[str, Any], control: Control) -> None:
     exit_with_owner(control)
     control.send({"event": "ready", "address": asdict(address)})
     server.serve()
+
+
+def _run_half(connection: Any) -> None:
+    """In place of a connection's own `run`: half of one reply, and silence."""
+    sock, raw = connection._sock, connection.raw
+    wire.receive_exactly(sock, memoryview(raw.header).cast("B"))
+    wire.receive_exactly(sock, connection.request.data[: raw.header.payload_bytes])
+    connection._bring(connection)
+    connection._finished.wait()
+    sock.sendall(bytes(raw.header))
+    sock.sendall(connection.reply.data[: raw.header.payload_bytes // 2])
+    time.sleep(600)
 
 
 @dataclass
@@ -71,7 +91,15 @@ class Hosts:
     def __post_init__(self) -> None:
         self.map = em.empty(self.layers, self.num_experts)
 
-    def start(self, name: str, experts: Mapping[int, Sequence[int]], stall_s: float = 0.0) -> warm.Child:
+    def start(
+        self,
+        name: str,
+        experts: Mapping[int, Sequence[int]],
+        *,
+        stall_s: float = 0.0,
+        half_replies: bool = False,
+        liar: int | None = None,
+    ) -> warm.Child:
         """Start one host and add it to the map."""
         spec = {
             "host": name,
@@ -81,6 +109,8 @@ class Hosts:
             "unix_path": str(self.directory / f"{name}.sock"),
             "tcp": "127.0.0.1:0",
             "stall_s": stall_s,
+            "half_replies": half_replies,
+            "liar": liar,
         }
         child = self.parent.spawn("tests.experts.hosts:main", spec, self.directory / f"{name}.log")
         ready = child.receive(20.0)

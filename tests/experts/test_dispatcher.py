@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from folkmoot.experts.dispatcher import DispatchConfig, Dispatcher, DispatchError
+from folkmoot.experts.dispatch_config import DispatchConfig, DispatchError
+from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import NoReplicaError
 from tests.experts.hosts import Hosts, expected
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts.dispatcher import DispatchConfig, Dispatcher
+from folkmoot.experts.dispatch_config import DispatchConfig
+from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import HostAddress
 from tests.experts.hosts import Hosts, expected
 from tests.experts.test_dispatcher import batch

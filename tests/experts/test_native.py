@@ -40,7 +40,8 @@ class Hop:
         size = pairs * self.row_bytes + 3 * 4 * pairs + 1024
         self.areas = np.zeros((links, 2, size), np.uint8)
         self.links = [
-            native.Link(request=a[0].ctypes.data, reply=a[1].ctypes.data, reply_limit=size, fd=-1) for a in self.areas
+            native.Link(request=a[0].ctypes.data, reply=a[1].ctypes.data, reply_limit=size, fd=-1, number=100 + i)
+            for i, a in enumerate(self.areas)
         ]
         self.pointers = (ctypes.c_void_p * links)(*(ctypes.addressof(link) for link in self.links))
 
@@ -64,7 +65,7 @@ class Hop:
             setattr(header, name, value)
         self.areas[i, 1, : rows.nbytes] = np.ascontiguousarray(rows).view(np.uint8).ravel()
         link = ctypes.addressof(self.links[i])
-        native.collect(ctypes.addressof(self.call), link, i, ctypes.addressof(header))
+        native.collect(ctypes.addressof(self.call), link, ctypes.addressof(header))
 
     def combine(self) -> np.ndarray:
         out = np.zeros_like(self.x)
@@ -105,7 +106,7 @@ def test_every_pair_goes_to_one_replica_of_its_expert_and_comes_back(case: tuple
             if not link.rows or (round_ == 0 and i in dead):
                 continue
             got_x, slots, tokens_of, w = hop.request(i)
-            mine = [p for p in range(ids.size) if not hop.done[p] and hop.host[p] == i]
+            mine = [p for p in range(ids.size) if not hop.done[p] and hop.host[p] == 100 + i]
             assert link.rows == link.header.pairs == len(mine)
             np.testing.assert_array_equal(got_x, x[[p // k for p in mine]])
             np.testing.assert_array_equal(slots, ids.ravel()[mine])

@@ -1,0 +1,74 @@
+"""When an expert host that has not answered counts as stalled. Pure functions and one small clock, no I/O.
+
+A short fixed deadline would drop healthy hosts under a large prompt, a long one makes clients wait. So the deadline
+follows the work: `stall_s`, and some times what a host has lately needed for as many rows, up to a ceiling. What was
+measured counts the wait behind other engines' calls too, rises at once and falls slowly.
+
+Three rules keep an overloaded machine, or one that was suspended, from losing healthy hosts:
+
+- Time counts only while this process itself runs: a wait is made of slices, and one that took longer than it should
+  have, because we were not scheduled, counts as two.
+- A host is dropped at its deadline only if each expert it was asked for has another replica that is neither dropped nor
+  overdue as well. The last one gets the ceiling. If all are late at once, none is dropped before that.
+- When a host answers after its deadline, the others get theirs again: what delayed one has likely delayed them all.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+SLICE_S = 0.05
+MARGIN = 4.0
+"""How many times slower than lately a host may be."""
+DECAY = 0.9
+"""How much of an older, longer measurement stays after each call."""
+
+
+class Pace(NamedTuple):
+    """How slow a host has lately been: seconds a row, and seconds a call of any size."""
+
+    row_s: float
+    call_s: float
+
+
+def measured(pace: Pace | None, rows: int, took_s: float) -> Pace:
+    """The pace after one more call of `rows` rows."""
+    if pace is None:
+        return Pace(took_s / rows, took_s)
+    return Pace(max(took_s / rows, DECAY * pace.row_s), max(took_s, DECAY * pace.call_s))
+
+
+def allowed_s(pace: Pace | None, rows: int, stall_s: float, ceiling_s: float) -> float:
+    """How long a host may take for `rows` rows. The ceiling before anything is measured: the first call may be slow."""
+    if pace is None:
+        return ceiling_s
+    return min(ceiling_s, stall_s + MARGIN * max(pace.call_s, rows * pace.row_s))
+
+
+def replaceable(index: int, experts: Collection[int], table: np.ndarray, unfit: Collection[int]) -> bool:
+    """Whether each of `experts`, asked of link `index`, has a replica on a link that is not in `unfit`.
+
+    table: int32 [experts, replicas, 2] of (link index, slot), link index -1 for none.
+    """
+    others = [link for link in np.unique(table[:, :, 0]).tolist() if link not in (-1, index, *unfit)]
+    return bool(np.isin(table[list(experts), :, 0], others).any(axis=1).all())
+
+
+@dataclass
+class Waited:
+    """How long a call has waited, counted only while this process ran: in all, and since a late answer last came."""
+
+    total_s: float = 0.0
+    recent_s: float = 0.0
+
+    def add(self, elapsed_s: float) -> None:
+        """One slice is over."""
+        counted = min(elapsed_s, 2 * SLICE_S)
+        self.total_s += counted
+        self.recent_s += counted
+
+    def late_answer(self) -> None:
+        """A host answered after its deadline."""
+        self.recent_s = 0.0

@@ -1,0 +1,234 @@
+"""Two nodes: a real Ray cluster over two network namespaces, joined by a veth pair, each with processes, shared memory
+and temporary files of its own. The link is taken down, or everything of one node killed, in the middle of an answer.
+
+Needs root, `unshare`, `nsenter` and `ip`. A node's first process is the init of its pid namespace: when that is killed
+everything of the node is, and with the last process go namespaces, mounts and links.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import FLOAT32, eventually
+
+pytestmark = pytest.mark.slow
+
+INIT = """
+set -e
+mount -t tmpfs none /dev/shm
+mount --bind "$1" "$2"
+ip link set lo up
+echo ready
+exec sleep 100000
+"""
+CLIENT = """
+import json, sys, time
+from folkmoot.gateway.client import Client
+with Client(sys.argv[1]) as client:
+    options = {"temperature": 0.0, "max_tokens": int(sys.argv[2]), "ignore_eos": True}
+    for chunk in client.generate("Each expert knows one thing well.", **options):
+        print(json.dumps([time.monotonic(), list(chunk.token_ids)]), flush=True)
+"""
+STATUS = """
+import sys
+from folkmoot.gateway.client import Client
+with Client(sys.argv[1]) as client:
+    print(client.status().json)
+"""
+GATEWAY = "10.77.0.1:50051"
+HEAD = "10.77.0.1:6379"
+MAX_TOKENS = 240
+
+
+@dataclass
+class Node:
+    """One node. `private` is what it sees at `temp`."""
+
+    ip: str
+    private: Path
+    temp: Path
+    init: "subprocess.Popen[str]"
+    environment: dict[str, str]
+    pid: int
+
+    def start(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
+        """Start a command in here."""
+        enter = ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "--", *command]
+        return subprocess.Popen(enter, env=self.environment, stdout=subprocess.PIPE, text=True, **options)
+
+    def run(self, *command: str, timeout_s: float = 120.0) -> str:
+        """Run a command in here; what it printed."""
+        with self.start(*command, stderr=subprocess.STDOUT) as process:
+            out, _ = process.communicate(timeout=timeout_s)
+        assert process.returncode == 0, f"{command}: {out}"
+        return out
+
+    def python(self, code: str, *arguments: str) -> str:
+        return self.run(sys.executable, "-c", code, *arguments)
+
+    def kill(self) -> None:
+        """SIGKILL to everything in here, by way of its init."""
+        os.kill(self.pid, 9)
+        self.init.wait(20)
+
+
+def why_not() -> str | None:
+    """What keeps this machine from having two nodes; None: nothing."""
+    missing = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    tried = subprocess.run(["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"namespaces are not permitted: {tried.stderr.strip()}"
+    pair = ["unshare", "-n", "ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"]
+    tried = subprocess.run(pair, capture_output=True, text=True, check=False)
+    return f"veth pairs are not permitted: {tried.stderr.strip()}" if tried.returncode else None
+
+
+def make_node(number: int, folder: Path, temp: Path, token: str) -> Node:
+    private = folder / f"node-{number}"
+    private.mkdir()
+    environment = {
+        **os.environ, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temp),
+    }  # fmt: skip
+    command = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child", "sh", "-c", INIT, "init"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    init = subprocess.Popen([*command, str(private), str(temp)], text=True, **streams)
+    assert init.stdout is not None and init.stdout.readline() == "ready\n"
+    children = Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()
+    return Node(f"10.77.0.{number}", private, temp, init, environment, int(children[0]))
+
+
+def join(one: Node, two: Node) -> None:
+    """A veth pair that only ever exists inside."""
+    enter = ["nsenter", "-t", str(one.pid), "-n"]
+    pair = ["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", str(two.pid)]
+    subprocess.run([*enter, *pair], check=True)
+    for node in (one, two):
+        node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
+        node.run("ip", "link", "set", "veth0", "up")
+
+
+def ray_start(node: Node, *arguments: str) -> None:
+    options = ["--node-ip-address", node.ip, "--object-store-memory", str(80 << 20), "--disable-usage-stats"]
+    node.run(str(Path(sys.executable).with_name("ray")), "start", *arguments, *options)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    if (reason := why_not()) is not None:
+        pytest.skip(f"two nodes need network namespaces: {reason}")
+    temp = Path(f"/tmp/fn-{secrets.token_hex(4)}")
+    temp.mkdir()
+    made: list[Node] = []
+    try:
+        token = secrets.token_hex(32)
+        for number in (1, 2):
+            made.append(make_node(number, tmp_path, temp, token))
+        join(*made)
+        yield made[0], made[1]
+    finally:
+        for node in made:
+            if node.init.poll() is None:
+                node.kill()
+        temp.rmdir()  # nothing was ever written there: each node had its own in its place
+        assert [pid for pid in members(made) if Path(f"/proc/{pid}").exists()] == []
+
+
+def members(made: list[Node]) -> list[int]:
+    """Processes in any of the nodes' namespaces."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if any(f"TMPDIR={node.temp}".encode() in command.split(b"\0") for node in made):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, Node]:
+    """A cluster of 4 hosts, 2 of them on each node, so that each node has every expert; the engine on the first."""
+    one, two = nodes
+    ray_start(one, "--head", "--port", "6379", "--num-cpus", "2", "--include-dashboard", "false")
+    ray_start(two, "--address", HEAD, "--num-cpus", "1")
+    command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
+    command += ["--model", str(mixtral), "--address", HEAD, "--listen", GATEWAY, "--hosts", "4", "--replicas", "2"]
+    one.run(*command, "--cpus-per-host", "0.5", *FLOAT32, timeout_s=240.0)
+    status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
+    of_node: dict[str, set[int]] = {}
+    for host in status["hosts"]:
+        of_node.setdefault(host["node"], set()).update(host["experts"])
+    assert list(of_node.values()) == [set(range(8))] * 2, "each node alone has every expert"
+    assert list(one.private.glob("folkmoot-*/engine-*.feed")), "the engine is on the first node"
+    return nodes
+
+
+def answer(node: Node, at_40: Callable[[], None] | None = None) -> tuple[list[int], float]:
+    """The tokens of one answer, and the longest gap between two pieces; `at_40` is called after the 40th token."""
+    tokens: list[int] = []
+    last_s, longest_s = 0.0, 0.0
+    with node.start(sys.executable, "-c", CLIENT, GATEWAY, str(MAX_TOKENS)) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            now_s, new = json.loads(line)
+            longest_s, last_s = max(longest_s, now_s - last_s if last_s else 0.0), now_s
+            tokens += new
+            if len(tokens) >= 40 and at_40 is not None:
+                at_40()
+                at_40 = None
+    assert process.returncode == 0
+    assert at_40 is None
+    return tokens, longest_s
+
+
+@pytest.mark.parametrize("what", ["link", "node"])
+def test_one_node_serves_on_without_the_other(
+    up: tuple[Node, Node], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In mid-answer the link goes down, or everything of the second node is killed: the same tokens, after a pause."""
+    one, two = up
+    undisturbed, usual_s = answer(one)
+    assert len(undisturbed) == MAX_TOKENS
+    before = rows_of(one)
+    assert min(before.values()) > 0, "all four hosts have worked"
+
+    def strike() -> None:
+        if what == "link":
+            one.run("ip", "link", "set", "veth0", "down")
+        else:
+            two.kill()
+
+    tokens, pause_s = answer(one, strike)
+    assert tokens == undisturbed
+    if what == "link":
+        assert "state DOWN" in one.run("ip", "link", "show", "veth0")
+    else:
+        assert two.init.poll() is not None
+    with capsys.disabled():
+        print(f"\n[{what}] longest gap {pause_s:.2f} s, undisturbed {usual_s:.2f} s")
+    assert answer(one)[0] == undisturbed, "and it goes on serving"
+    eventually(lambda: sum(h["alive"] for h in status_of(one)["hosts"]) == 2, 30.0, "the router took two hosts out")
+    assert status_of(one)["map"]["missing"] == 0
+
+
+def status_of(node: Node) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(node.python(STATUS, GATEWAY).strip() or "{}")
+    return document
+
+
+def rows_of(node: Node) -> dict[str, int]:
+    return {host["host"]: host["rows"] for host in status_of(node)["hosts"]}
