@@ -44,7 +44,9 @@ class ExpertActor:
         self._closed = asyncio.get_running_loop().create_future()
         parent = await warm_parent(self._spec)
         host_spec = self._host_spec(incarnation, columns)
-        self._child = await asyncio.to_thread(parent.spawn, "folkmoot.experts.host:main", host_spec, self._log)
+        self._child = await asyncio.to_thread(
+            parent.spawn, "folkmoot.experts.host:main", host_spec, self._log, memory=self._memory()
+        )
         message = await asyncio.to_thread(self._first_message, self._child)
         address = HostAddress(**message["address"])
         self._ready = HostReady(
@@ -85,6 +87,10 @@ class ExpertActor:
             "device": spec.device,
             "threads": self._threads,
         }
+
+    def _memory(self) -> str | None:
+        """The memory file in which this node's hosts share their weights."""
+        return f"{self._spec.model_path} {self._spec.dtype}" if self._spec.share_weights else None
 
     def _tcp(self) -> str | None:
         """Where to listen for engines on other nodes; nowhere if there can be none."""

@@ -39,6 +39,8 @@ class ClusterSpec:
     kv_cache_gib: float = 1.0
     transport: str = "auto"
     combine: str = "rows"
+    share_weights: bool = False
+    """keep experts once a node, in memory that its hosts share (folkmoot.experts.weights)"""
     several_nodes: bool = False
     """whether hosts and engines may be on different nodes: only then do hosts listen on TCP"""
     background_workers: bool = False

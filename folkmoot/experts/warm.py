@@ -6,6 +6,10 @@ user may enter. A request names an entry point ("module:function"), its spec and
 requester's end of the connection as its control channel: newline-delimited JSON both ways. End-of-file on it means
 that the owner is gone, and the child exits.
 
+The parent also keeps memory files (memfds) for its children: a request may name one, made at its first mention, and
+the child finds its descriptor as `memory_fd` in its spec. What lies there outlives the children that put it there, and
+is gone with the last process that holds it.
+
 The parent must fork before any use of OpenMP or CUDA, so it only ever imports.
 """
 
@@ -125,16 +129,19 @@ class WarmParent:
     def __init__(self, socket_path: Path) -> None:
         self.socket_path = socket_path
 
-    def spawn(self, entry: str, spec: dict[str, Any], log_path: Path, timeout_s: float = 30.0) -> Child:
+    def spawn(
+        self, entry: str, spec: dict[str, Any], log_path: Path, timeout_s: float = 30.0, *, memory: str | None = None
+    ) -> Child:
         """Fork a child that calls `entry` ("module:function") as function(spec, control), output to `log_path`.
 
-        Raises WarmParentError if the parent does not answer within `timeout_s` or refuses.
+        `memory` names the memory file that the child shall have. Raises WarmParentError if the parent does not answer
+        within `timeout_s` or refuses.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(str(self.socket_path))
             control = Control(sock)
-            control.send({"entry": entry, "spec": spec, "log": str(log_path)})
+            control.send({"entry": entry, "spec": spec, "log": str(log_path), "memory": memory})
             answer = control.receive(timeout_s)
             if answer is None:
                 raise WarmParentError(f"no answer within {timeout_s} s")
@@ -214,27 +221,35 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
     listener.bind(str(socket_path))
     listener.listen(64)
     watched: list[Any] = [listener, *([sys.stdin.fileno()] if with_parent else [])]
+    memory: dict[str, int] = {}
     try:
         while True:
             ready = select.select(watched, [], [])[0]
             if listener not in ready:
                 return
             connection, _ = listener.accept()
-            _answer(connection, listener)
+            _answer(connection, listener, memory)
             connection.close()
     finally:
         listener.close()
         socket_path.unlink(missing_ok=True)
 
 
-def _answer(connection: socket.socket, listener: socket.socket) -> None:
-    """Read one request and fork for it. A connection that closes without one is a probe."""
+def _answer(connection: socket.socket, listener: socket.socket, memory: dict[str, int]) -> None:
+    """Read one request and fork for it. A connection that closes without one is a probe.
+
+    `memory` has the descriptors of the memory files by name; a new name is added.
+    """
     control = Control(connection)
     try:
         request = control.receive(5.0)
         if request is None:
             return
         entry, spec, log_path = str(request["entry"]), dict(request["spec"]), str(request["log"])
+        if (name := request.get("memory")) is not None:
+            if name not in memory:
+                memory[name] = os.memfd_create("folkmoot-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            spec["memory_fd"] = memory[name]
     except EOFError:
         return
     except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
@@ -245,6 +260,8 @@ def _answer(connection: socket.socket, listener: socket.socket) -> None:
         log.info("forked %d for %s", pid, entry)
         return
     listener.close()
+    for other in set(memory) - {name}:
+        os.close(memory[other])
     _run_child(entry, spec, log_path, control)
 
 
