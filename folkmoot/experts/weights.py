@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,10 +82,11 @@ class WeightSegment:
 
     def __init__(self, fd: int, layout: Layout) -> None:
         """Lay out the memory file `fd` if nobody has. Raises SegmentError if it holds other weights."""
-        self.fd, self.layout = fd, layout
+        self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # locks belong to an open file description
+        self.layout = layout
         self._index = {layer: i for i, layer in enumerate(layout.layers)}
         with self._locked(0, wait=True):
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+            if fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
                 self._lay_out()
         self._check()
         self._memory = self._map(mmap.PROT_READ)
@@ -101,7 +103,7 @@ class WeightSegment:
         return [e for e in experts if not table[e]]
 
     def write(self, layer: int, experts: Sequence[int], rows: Mapping[str, torch.Tensor]) -> None:
-        """Store `experts`, whose i-th has row i of every parameter, and mark them present. Needs the layer's lock."""
+        """Store `experts`, whose i-th has row i of every parameter. Needs the layer's lock."""
         if set(rows) != set(self.layout.layers[layer]):
             raise SegmentError(f"layer {layer} has parameters {sorted(self.layout.layers[layer])}, not {sorted(rows)}")
         memory = self._map(mmap.PROT_READ | mmap.PROT_WRITE)
@@ -109,6 +111,9 @@ class WeightSegment:
         for name, values in rows.items():
             for i, expert in enumerate(experts):
                 arrays[name][expert].copy_(values[i])
+
+    def mark_present(self, layer: int, experts: Sequence[int]) -> None:
+        """From now on these experts, which lie there whole, are for everybody. Needs the layer's lock."""
         for expert in experts:
             os.pwrite(self.fd, b"\1", self._present_at(layer, expert))
 
@@ -153,16 +158,21 @@ class WeightSegment:
 
     @contextmanager
     def _locked(self, byte: int, *, wait: bool) -> Iterator[bool]:
-        """A POSIX lock on one byte of the file: it belongs to this process alone, also where `fd` is inherited."""
+        """An open file description's lock on one byte. A process's own would end with the first mapping's."""
         try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, byte))
         except (BlockingIOError, PermissionError):
             yield False
             return
         try:
             yield True
         finally:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, byte)
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+
+
+def _lock(kind: int, byte: int) -> bytes:
+    """A `struct flock` for one byte of the file."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
 
 
 def _row_bytes(dtype: str, row: tuple[int, ...]) -> int:

@@ -176,11 +176,9 @@ def _share(loader: _Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int,
             loader.load(layer, ())
         segment = WeightSegment(memory_fd, _layout(loader, checkpoint))
         _load_missing(loader, wanted, segment)
-    except (SegmentError, RuntimeError) as e:
-        log.warning("expert weights are not shared with other hosts: %s", e)
+    except Exception as e:  # a kernel that cannot be prepared without experts fails as it likes
+        log.warning("expert weights are not shared with other hosts: %s: %s", type(e).__name__, e)
         return False
-    for layer in wanted:
-        _attach(loader.modules[layer], segment, layer)
     return True
 
 
@@ -205,9 +203,32 @@ def _load_missing(loader: _Loader, wanted: Mapping[int, Sequence[int]], segment:
                 if not is_held:
                     continue
                 if missing := segment.missing(layer, wanted[layer]):
-                    loader.load(layer, missing)
-                    segment.write(layer, missing, _parameters(loader.modules[layer]))
+                    _load_into(segment, loader, layer, missing)
+                _attach(loader.modules[layer], segment, layer)
                 left.remove(layer)
+
+
+def _load_into(segment: WeightSegment, loader: _Loader, layer: int, experts: Sequence[int]) -> None:
+    """Load experts and copy them into the segment. SegmentError where the kernel does not compute the same from there.
+
+    That would be one that keeps more than the module's parameters, of which nothing else could tell.
+    """
+    module = loader.modules[layer]
+    loader.load(layer, experts)
+    before = _probe(module, range(len(experts)))
+    segment.write(layer, experts, _parameters(module))
+    _attach(module, segment, layer)
+    if not torch.equal(before, _probe(module, experts)):
+        raise SegmentError(f"layer {layer}: its kernel keeps weights beside its parameters")
+    segment.mark_present(layer, experts)
+
+
+def _probe(module: Any, experts: Sequence[int]) -> torch.Tensor:
+    """A fixed row through each of the module's `experts`, as bytes."""
+    hidden, dtype = module.moe_config.hidden_dim_unpadded, module.moe_config.in_dtype
+    x = torch.linspace(-1, 1, hidden).to(dtype).repeat(len(experts), 1)
+    rows = LayerKernel(module, hidden, dtype, experts)(x, torch.arange(len(experts), dtype=torch.int32))
+    return rows.view(torch.uint8)
 
 
 def _attach(module: Any, segment: WeightSegment, layer: int) -> None:
