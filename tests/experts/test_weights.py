@@ -103,8 +103,9 @@ def test_a_loader_killed_half_way_leaves_its_expert_absent_and_its_layer_free(me
 
     def load_half() -> None:
         os.close(hold)
-        with segment.locked(3, wait=True):
-            segment.write(3, [4], {name: torch.full_like(r, 77) for name, r in rows([4]).items()})
+        loader = WeightSegment(memory_fd, LAYOUT)  # as in a host: with locks of its own
+        with loader.locked(3, wait=True):
+            loader.write(3, [4], {name: torch.full_like(r, 77) for name, r in rows([4]).items()})
             os.write(say, b"!")
             os.read(held, 1)
 
