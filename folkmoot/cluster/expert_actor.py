@@ -58,6 +58,7 @@ class ExpertActor:
             os.getpid(),
             int(message["bytes"]),
             float(message["load_s"]),
+            int(message["shared_bytes"]),
         )
         watched = (self._child, asyncio.get_running_loop())
         threading.Thread(target=self._watch, args=watched, name="host-watch", daemon=True).start()

@@ -41,6 +41,7 @@ class HostState:
     address: HostAddress | None = None
     bytes: int = 0
     load_s: float = 0.0
+    shared_bytes: int = 0
     requests: int = 0
     rows: int = 0
     busy_s: float = 0.0
@@ -121,6 +122,7 @@ class HostReady:
     actor_pid: int
     bytes: int = 0
     load_s: float = 0.0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         event.address,
         event.bytes,
         event.load_s,
+        event.shared_bytes,
     )
     placement = as_placement(event.columns, state.moe_layers)
     expert_map = maps.add_host(state.expert_map, event.address, placement)

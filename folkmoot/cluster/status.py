@@ -49,6 +49,7 @@ def _host(host: HostState) -> dict[str, Any]:
         "incarnation": host.incarnation,
         "experts": list(host.columns),
         "bytes": host.bytes,
+        "shared_bytes": host.shared_bytes,
         "load_s": round(host.load_s, 3),
         "requests": host.requests,
         "rows": host.rows,
