@@ -121,6 +121,10 @@ class WeightSegment:
         """Every parameter of a layer as [num_experts, ...]. Read-only: writing to one is a segmentation fault."""
         return self._arrays(self._memory, layer)
 
+    def close(self) -> None:
+        """Done with loading. Tensors stay."""
+        os.close(self.fd)
+
     def _arrays(self, memory: mmap.mmap, layer: int) -> dict[str, torch.Tensor]:
         found = {}
         for name, (dtype, row) in self.layout.layers[layer].items():

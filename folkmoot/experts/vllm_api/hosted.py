@@ -12,7 +12,7 @@ nobody has loaded yet is loaded, prepared and copied there, and the kernels see 
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,8 @@ def _share(loader: _Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int,
     try:
         for layer in loader.modules:
             loader.load(layer, ())
-        segment = WeightSegment(memory_fd, _layout(loader, checkpoint))
-        _load_missing(loader, wanted, segment)
+        with closing(WeightSegment(memory_fd, _layout(loader, checkpoint))) as segment:
+            _load_missing(loader, wanted, segment)
     except Exception as e:  # a kernel that cannot be prepared without experts fails as it likes
         log.warning("expert weights are not shared with other hosts: %s: %s", type(e).__name__, e)
         return False
@@ -195,7 +195,10 @@ def _layout(loader: _Loader, checkpoint: Path) -> Layout:
 
 
 def _load_missing(loader: _Loader, wanted: Mapping[int, Sequence[int]], segment: WeightSegment) -> None:
-    """First the layers at which no other host is loading, then the others: so hosts that start together share work."""
+    """Attach every layer, and load what it lacks.
+
+    First the layers at which no other host is loading, then the others: so hosts that start together share the work.
+    """
     left = list(wanted)
     for wait in (False, True):
         for layer in tuple(left):
