@@ -252,6 +252,7 @@ def test_a_checkpoint_that_has_changed_is_loaded_and_not_shared(bench: Bench, ch
     assert not torch.equal(answers(changed), before)
 
 
+@pytest.mark.slow
 def test_a_segment_outlives_its_owner_only_in_its_hosts(checkpoint: Path) -> None:
     """The warm parent is SIGKILLed: its hosts go on, the next one's load anew, and nothing is left in the end."""
     with Bench() as bench:
