@@ -290,7 +290,9 @@ class Supervisor:
 
 
 def shares_weights(options: UpOptions) -> bool:
-    """Whether the expert hosts of a node keep their weights in memory that they share: by default on a CPU."""
+    """Whether the expert hosts of a node keep weights in memory that they share: by default on a CPU. StartError."""
+    if options.share_weights and options.device != "cpu":
+        raise StartError(f"--share-weights shares main memory, so it needs --device cpu, not {options.device}")
     return options.device == "cpu" if options.share_weights is None else options.share_weights
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from folkmoot.cluster import bench, status_view
 from folkmoot.cluster.cli import main
-from folkmoot.cluster.launch import UpOptions, num_hosts_and_replicas
+from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from tests.cluster.conftest import Cluster, eventually, processes_of
 
@@ -99,6 +99,11 @@ def test_stale_state_is_cleared(tmp_path: Path) -> None:
 )
 def test_replicas_that_cost_no_memory_are_the_default(options: dict[str, Any], expected: tuple[int, int]) -> None:
     assert num_hosts_and_replicas(UpOptions("model", **options), num_experts=8) == expected
+
+
+def test_weights_are_not_shared_on_a_gpu() -> None:
+    with pytest.raises(StartError, match="needs --device cpu, not cuda"):
+        num_hosts_and_replicas(UpOptions("model", device="cuda", share_weights=True), num_experts=8)
 
 
 def test_a_dense_model_has_no_hosts() -> None:
