@@ -184,6 +184,8 @@ class Pool:
     expert_map: ExpertMap
     children: dict[str, Child]
     bytes: int
+    """of all experts in memory; what hosts share counts once"""
+    load_s: list[float]
     directory: Path
 
     def dispatch(self, **settings: object) -> dict[str, object]:
@@ -259,13 +261,15 @@ class Bench:
         *,
         dtype: str = "auto",
         openmp: Mapping[str, str] | None = None,
+        share_weights: bool = True,
         **settings: object,
     ) -> Pool:
         """Start hosts that together hold `replicas` replicas of every expert. `settings` go to each HostSpec."""
         shape = vllm_api.describe(checkpoint)
         names = [f"h{i}" for i in range(num_hosts)]
         plan = rebalance([replicas] * shape.num_experts, [HostSlot(n, "node") for n in names], {})
-        expert_map, children, size = em.empty(shape.moe_layers, shape.num_experts), {}, 0
+        expert_map, children, size = em.empty(shape.moe_layers, shape.num_experts), {}, 0.0
+        load_s = []
         started = time.time_ns()
         for name in names:
             spec = {
@@ -278,15 +282,19 @@ class Bench:
                 "dtype": dtype,
                 **settings,
             }
-            children[name] = self.parent(openmp).spawn("folkmoot.experts.host:main", spec, self.directory / "host.log")
+            children[name] = self.parent(openmp).spawn(
+                "folkmoot.experts.host:main", spec, self.directory / "host.log",
+                memory=f"{checkpoint} {dtype}" if share_weights else None,
+            )  # fmt: skip
         for name, child in children.items():
             ready = child.receive(LOAD_TIMEOUT_S)
             if ready is None or ready["event"] != "ready":
                 raise RuntimeError(f"host {name}: {ready}")
-            size += int(ready["bytes"])
+            size += ready["bytes"] - ready["shared_bytes"] + ready["shared_bytes"] / replicas
+            load_s.append(float(ready["load_s"]))
             placed = dict.fromkeys(shape.moe_layers, plan[name])
             expert_map = em.add_host(expert_map, HostAddress(**ready["address"]), placed)
-        pool = Pool(checkpoint, expert_map, children, size, self.directory)
+        pool = Pool(checkpoint, expert_map, children, round(size), load_s, self.directory)
         self._stack.callback(pool.close)
         return pool
 

@@ -38,7 +38,7 @@ class Pair:
 
 def load(bench: Bench, checkpoint: Path, num_hosts: int = 2) -> Pair:
     """One pool with an engine, and a monolith; one loads after the other."""
-    pool = bench.pool(checkpoint, num_hosts)
+    pool = bench.pool(checkpoint, num_hosts, replicas=num_hosts)  # as `folkmoot up` does: weights are shared
     ours = bench.engine(checkpoint, pool=pool, dispatch={"background_workers": True}).wait()  # as `folkmoot up` does
     return Pair(pool, ours, bench.engine(checkpoint, openmp={}).wait())
 
@@ -78,7 +78,7 @@ def single_engine(bench: Bench, checkpoint: Path, batches: dict[str, int], num_t
 def shared_pool(bench: Bench, checkpoint: Path, batch: int, num_tokens: int, rounds: int,
                 figures: dict[str, object]) -> list[list[object]]:  # fmt: skip
     """Two engines on one pool against two monoliths, both engines of a side at work at once."""
-    pool = bench.pool(checkpoint)
+    pool = bench.pool(checkpoint, 2, replicas=2)
     ours = [bench.engine(checkpoint, pool=pool).wait() for _ in range(2)]
     theirs = [bench.engine(checkpoint, openmp=SHORT_SPIN).wait() for _ in range(2)]
     prompts = prompts_of(batch, PROMPT_TOKENS, VOCABULARY)

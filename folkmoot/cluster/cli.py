@@ -70,9 +70,14 @@ def _sampling(command: F) -> F:
 @click.option(
     "--replicas",
     type=click.IntRange(1),
-    default=UpOptions.replicas,
-    show_default=True,
-    help="copies of each expert, each on another host",
+    help="hosts that can run each expert; any but one may die  [default: all hosts where --share-weights makes that "
+    "cost no memory (one node, a CPU), else 1]",
+)
+@click.option(
+    "--share-weights/--no-share-weights",
+    default=UpOptions.share_weights,
+    help="the expert hosts of a node keep experts in memory that they share, once a node: replicas cost no memory, and "
+    "a host that is started again finds its experts there  [default: on a CPU]",
 )
 @click.option(
     "--placement",

@@ -64,7 +64,9 @@ class ExpertActor:
         self._host, self._log = host, self._spec.log(host)
         parent = await warm_parent(self._spec)
         host_spec = self._host_spec(host, incarnation, columns, threads)
-        child = await asyncio.to_thread(parent.spawn, "folkmoot.experts.host:main", host_spec, self._log)
+        child = await asyncio.to_thread(
+            parent.spawn, "folkmoot.experts.host:main", host_spec, self._log, memory=self._memory()
+        )
         loop = asyncio.get_running_loop()
         forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
         process = _Process(forked, child, loop.create_future(), loop.create_future())
@@ -111,6 +113,10 @@ class ExpertActor:
             "threads": threads,
         }
 
+    def _memory(self) -> str | None:
+        """The memory file in which this node's hosts share their weights."""
+        return f"{self._spec.model_path} {self._spec.dtype}" if self._spec.share_weights else None
+
     def _socket(self, host: str, incarnation: int) -> Path:
         return Path(self._spec.run_dir) / f"{host}.{incarnation}.sock"
 
@@ -156,6 +162,7 @@ class ExpertActor:
             forked.actor_pid,
             int(message["bytes"]),
             float(message["load_s"]),
+            int(message["shared_bytes"]),
         )
 
     def _pass_loads_on(self, child: Child, ready: HostReady) -> NoReturn:

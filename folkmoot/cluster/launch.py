@@ -37,7 +37,7 @@ TEND_EVERY_S = 1.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
-    *("name", "engines", "replicas", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("name", "engines", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -59,7 +59,10 @@ class UpOptions:
     hosts: int | None = None
     """expert hosts; None: from experts_per_host, else as few as the replicas allow, at least two"""
     experts_per_host: int | None = None
-    replicas: int = 1
+    replicas: int | None = None
+    """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""
+    share_weights: bool | None = None
+    """None: on a CPU"""
     placement: str = "spread"
     listen: str = "127.0.0.1:50051"
     redis: str | None = None
@@ -116,9 +119,9 @@ class Supervisor:
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
         self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
-        hosts = self._num_hosts(shape)
+        hosts, replicas = num_hosts_and_replicas(self.options, shape.num_experts)
         self._start_warm_parent()
-        self.spec = self._make_spec(model_path, shape, hosts, self._start_store())
+        self.spec = self._make_spec(model_path, shape, hosts, replicas, self._start_store())
         self._start_gateway(self.spec)
         self._tell("starting Ray")
         ray_address = self._start_ray(self.spec)
@@ -180,19 +183,6 @@ class Supervisor:
         if is_busy:
             _leave(failure)
 
-    def _num_hosts(self, shape: "ModelShape") -> int:
-        options = self.options
-        hosts = options.hosts
-        if hosts is None and options.experts_per_host is None and shape.num_experts:
-            hosts = max(options.replicas, min(2, shape.num_experts))
-        return num_hosts_for(
-            shape.num_experts,
-            options.replicas,
-            num_hosts=hosts,
-            experts_per_host=options.experts_per_host,
-            capacity=options.max_experts_per_host,
-        )
-
     def _start_warm_parent(self) -> None:
         assert self._run_dir is not None
         self._warm = warm_files.start(self._run_dir / "warm.sock", self.folder.logs / "warm.log")
@@ -207,7 +197,7 @@ class Supervisor:
         asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
         return self._store.url if alone else self._store.tcp_url
 
-    def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, redis: str) -> ClusterSpec:
+    def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, replicas: int, redis: str) -> ClusterSpec:
         options = self.options
         return ClusterSpec(
             model_path=str(model_path),
@@ -220,6 +210,8 @@ class Supervisor:
             run_dir=str(self._run_dir),
             log_dir=str(self.folder.logs),
             hosts=hosts,
+            replicas=replicas,
+            share_weights=shares_weights(options),
             several_nodes=options.address is not None,
             background_workers=self._background_workers(shape),
             host_cpus=options.cpus_per_host,
@@ -298,6 +290,28 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._state = self._state.with_(**changes)
         self.folder.write(self._state)
+
+
+def shares_weights(options: UpOptions) -> bool:
+    """Whether the expert hosts of a node keep weights in memory that they share: by default on a CPU. StartError."""
+    if options.share_weights and options.device != "cpu":
+        raise StartError(f"--share-weights shares main memory, so it needs --device cpu, not {options.device}")
+    return options.device == "cpu" if options.share_weights is None else options.share_weights
+
+
+def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, int]:
+    """Expert hosts and replicas of each expert, where options leave them open. Raises PlacementError."""
+    hosts, replicas = options.hosts, options.replicas
+    per_host, capacity = options.experts_per_host, options.max_experts_per_host
+    if hosts is None and per_host is None and num_experts:
+        hosts = max(replicas or 1, min(2, num_experts))
+    if replicas is None:
+        is_free = shares_weights(options) and options.address is None and per_host is None and capacity is None
+        replicas = hosts if is_free and num_experts and hosts is not None else 1
+    num_hosts = num_hosts_for(
+        num_experts, replicas, num_hosts=hosts, experts_per_host=per_host, capacity=capacity
+    )
+    return num_hosts, replicas
 
 
 def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[Path, ModelShape]":

@@ -77,6 +77,7 @@ class HostReady:
     actor_pid: int
     bytes: int = 0
     load_s: float = 0.0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         event.address,
         event.bytes,
         event.load_s,
+        event.shared_bytes,
     )
     return with_life(state, host, loaded)
 

@@ -60,6 +60,7 @@ class Life:
     address: HostAddress | None = None
     bytes: int = 0
     load_s: float = 0.0
+    shared_bytes: int = 0
     requests: int = 0
     rows: int = 0
     busy_s: float = 0.0

@@ -42,6 +42,8 @@ class ClusterSpec:
     kv_cache_gib: float = 1.0
     transport: str = "auto"
     combine: str = "rows"
+    share_weights: bool = False
+    """keep experts once a node, in memory that its hosts share (folkmoot.experts.weights)"""
     stall_s: float = 1.0
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
     no_replica_timeout_s: float = 60.0

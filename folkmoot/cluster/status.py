@@ -53,6 +53,7 @@ def _host(host: HostState, state: RouterState) -> dict[str, Any]:
         "incarnation": life.incarnation,
         "experts": list(life.columns),
         "bytes": life.bytes,
+        "shared_bytes": life.shared_bytes,
         "load_s": round(life.load_s, 3),
         "requests": life.requests,
         "rows": life.rows,

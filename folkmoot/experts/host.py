@@ -71,6 +71,8 @@ class HostSpec:
     device: str = "cpu"
     threads: int = 1
     yield_us: int = 40
+    memory_fd: int | None = None
+    """memory file that the warm parent keeps for the weights that the hosts of a node share; None: private weights"""
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "HostSpec":
@@ -97,13 +99,19 @@ def main(spec: dict[str, Any], control: Control) -> None:
     torch.set_num_threads(host.threads)
     from folkmoot.experts import vllm_api
 
-    hosted = vllm_api.load_experts(Path(host.checkpoint), host.experts, dtype=host.dtype, device=host.device)
+    hosted = vllm_api.load_experts(
+        Path(host.checkpoint), host.experts, dtype=host.dtype, device=host.device, memory_fd=host.memory_fd
+    )
     slots = {n: len(experts) for n, experts in host.experts.items() if experts}
     server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: _report(control, load))
     address = server.listen()
     load_s = time.monotonic() - began
-    log.info("host %s holds %d bytes of experts, loaded in %.2f s", host.host, hosted.bytes, load_s)
-    control.send({"event": "ready", "address": asdict(address), "bytes": hosted.bytes, "load_s": load_s})
+    log.info(
+        "host %s holds %d bytes of experts, %d of them shared, loaded in %.2f s",
+        *(host.host, hosted.bytes, hosted.shared_bytes, load_s),
+    )
+    facts = {"bytes": hosted.bytes, "shared_bytes": hosted.shared_bytes, "load_s": load_s}
+    control.send({"event": "ready", "address": asdict(address), **facts})
     server.serve()
 
 

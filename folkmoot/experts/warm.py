@@ -6,6 +6,10 @@ user may enter. A request names an entry point ("module:function"), its spec and
 requester's end of the connection as its control channel: newline-delimited JSON both ways. End-of-file on it means
 that the owner is gone, and the child exits.
 
+The parent also keeps memory files (memfds) for its children: a request may name one, made at its first mention, and
+the child finds its descriptor as `memory_fd` in its spec. What lies there outlives the children that put it there, and
+is gone with the last process that holds it.
+
 The parent must fork before any use of OpenMP or CUDA, so it only ever imports.
 """
 
@@ -136,16 +140,19 @@ class WarmParent:
     def __init__(self, socket_path: Path) -> None:
         self.socket_path = socket_path
 
-    def spawn(self, entry: str, spec: dict[str, Any], log_path: Path, timeout_s: float = 30.0) -> Child:
+    def spawn(
+        self, entry: str, spec: dict[str, Any], log_path: Path, timeout_s: float = 30.0, *, memory: str | None = None
+    ) -> Child:
         """Fork a child that calls `entry` ("module:function") as function(spec, control), output to `log_path`.
 
-        Raises WarmParentError if the parent does not answer within `timeout_s` or refuses.
+        `memory` names the memory file that the child shall have. Raises WarmParentError if the parent does not answer
+        within `timeout_s` or refuses.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(str(self.socket_path))
             control = Control(sock)
-            control.send({"entry": entry, "spec": spec, "log": str(log_path)})
+            control.send({"entry": entry, "spec": spec, "log": str(log_path), "memory": memory})
             answer = control.receive(timeout_s)
             if answer is None:
                 raise WarmParentError(f"no answer within {timeout_s} s")
@@ -226,6 +233,7 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
     listener.listen(64)
     owner: list[Any] = [sys.stdin.fileno()] if with_parent else []
     waiting: dict[Control, float] = {}  # who has not said yet what it wants, and until when it may
+    memory: dict[str, int] = {}
     try:
         while True:
             ready = select.select([listener, *owner, *waiting], [], [], 1.0 if waiting else None)[0]
@@ -235,7 +243,7 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
                 waiting[Control(listener.accept()[0])] = time.monotonic() + REQUEST_TIMEOUT_S
             late = [c for c, until in waiting.items() if time.monotonic() > until or c is _oldest_of_many(waiting)]
             for control in {*ready, *late} & waiting.keys():
-                if control in late or _answer(control, [listener, *waiting]):
+                if control in late or _answer(control, [listener, *waiting], memory):
                     del waiting[control]
                     control.hang_up()
     finally:
@@ -248,16 +256,21 @@ def _oldest_of_many(waiting: Mapping[Control, float]) -> Control | None:
     return next(iter(waiting)) if len(waiting) > MAX_WAITING else None
 
 
-def _answer(control: Control, not_for_child: Iterable[Any]) -> bool:
+def _answer(control: Control, not_for_child: Iterable[Any], memory: dict[str, int]) -> bool:
     """Read what has come of a request, and fork once it is whole; whether this connection is done with.
 
-    A connection that closes without a request is a probe. A child closes `not_for_child`, but for its own.
+    A connection that closes without a request is a probe. A child closes `not_for_child`, but for its own. `memory` has
+    the descriptors of the memory files by name; a new name is added.
     """
     try:
         request = control.receive(0.0)
         if request is None:
             return False
         entry, spec, log_path = str(request["entry"]), dict(request["spec"]), str(request["log"])
+        if (name := request.get("memory")) is not None:
+            if name not in memory:
+                memory[name] = os.memfd_create("folkmoot-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            spec["memory_fd"] = memory[name]
     except EOFError:
         return True
     except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
@@ -270,6 +283,8 @@ def _answer(control: Control, not_for_child: Iterable[Any]) -> bool:
     for other in not_for_child:
         if other is not control:
             os.close(other.fileno())
+    for other_name in set(memory) - {name}:
+        os.close(memory[other_name])
     _run_child(entry, spec, log_path, control)
     return True
 

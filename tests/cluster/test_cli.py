@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from folkmoot.cluster import bench, status_view
 from folkmoot.cluster.cli import main
+from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from tests.cluster.conftest import Cluster, eventually, processes_of
 
@@ -80,6 +82,32 @@ def test_stale_state_is_cleared(tmp_path: Path) -> None:
     folder.acquire()
     assert folder.read() is None
     folder.release()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (2, 2)),
+        ({"hosts": 4}, (4, 4)),
+        ({"hosts": 4, "replicas": 1}, (4, 1)),
+        ({"replicas": 3}, (3, 3)),
+        ({"hosts": 4, "share_weights": False}, (4, 1)),
+        ({"hosts": 4, "device": "cuda"}, (4, 1)),
+        ({"hosts": 4, "address": "auto"}, (4, 1)),
+        ({"experts_per_host": 2}, (4, 1)),
+    ],
+)
+def test_replicas_that_cost_no_memory_are_the_default(options: dict[str, Any], expected: tuple[int, int]) -> None:
+    assert num_hosts_and_replicas(UpOptions("model", **options), num_experts=8) == expected
+
+
+def test_weights_are_not_shared_on_a_gpu() -> None:
+    with pytest.raises(StartError, match="needs --device cpu, not cuda"):
+        num_hosts_and_replicas(UpOptions("model", device="cuda", share_weights=True), num_experts=8)
+
+
+def test_a_dense_model_has_no_hosts() -> None:
+    assert num_hosts_and_replicas(UpOptions("model"), num_experts=0) == (0, 1)
 
 
 def test_ranges() -> None:

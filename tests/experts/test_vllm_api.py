@@ -166,6 +166,13 @@ def test_an_idle_expert_host_has_no_threads_that_wake_up(runs: Runs, folders: Pa
     assert idle["cpu_fraction"] < 0.005
 
 
+def test_an_idle_engine_has_no_threads_that_wake_up_but_those_of_torchs_own_world(runs: Runs, folders: Path) -> None:
+    idle = runs.ask("idle_engine", checkpoint=str(folders / "mixtral"))
+    assert idle["calls"] > 0
+    assert idle["gloo_threads"] <= 3
+    assert idle["cpu_fraction"] < 0.01
+
+
 def test_the_plugin_does_nothing_unless_asked_to() -> None:
     code = (
         "import sys\nfrom folkmoot.experts import plugin\nplugin.register()\n"

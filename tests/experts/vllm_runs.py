@@ -214,6 +214,27 @@ def idle(checkpoint: str) -> dict[str, float]:
     """What a loaded host costs while it waits."""
     kernel = vllm_api.load_experts(Path(checkpoint), {0: range(8)}).layers[0]
     kernel(torch.zeros(4, kernel.hidden_size, dtype=kernel.dtype), torch.zeros(4, dtype=torch.int32))
+    return waiting()
+
+
+def idle_engine(checkpoint: str) -> dict[str, float]:
+    """What an engine costs while it waits; afterwards a model can still be built, and the groups be closed."""
+    from vllm.distributed import parallel_state
+
+    dispatcher = InProcessDispatcher([], [])
+    vllm_api.install(lambda: dispatcher)
+    llm = load(checkpoint, "bfloat16")
+    held = {layer: range(8) for layer in vllm_api.describe(Path(checkpoint)).moe_layers}
+    dispatcher.hosts, dispatcher.slots = [vllm_api.load_experts(Path(checkpoint), held)], [held]
+    generate(llm, 2)
+    facts = {"calls": dispatcher.calls, **waiting()}
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+    return facts
+
+
+def waiting() -> dict[str, float]:
+    """Threads of gloo in this process, and the share of a core that it uses in two seconds of doing nothing."""
     names = [Path(f"/proc/self/task/{t}/comm").read_text() for t in os.listdir("/proc/self/task")]
     before_s = time.process_time()
     time.sleep(2)

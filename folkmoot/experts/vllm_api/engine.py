@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from folkmoot.experts.vllm_api.checkpoint import is_routed
 from folkmoot.experts.vllm_api.hosted import replaced
+from folkmoot.experts.vllm_api.runtime import rest_groups_of_one
 
 MOE_OPERATORS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
@@ -169,5 +170,6 @@ def current_dispatcher() -> Dispatch:
     if _dispatcher is None:
         if _make_dispatcher is None:
             raise RuntimeError("folkmoot.experts.vllm_api.install has not been called in this process")
+        rest_groups_of_one()
         _dispatcher = _make_dispatcher()
     return _dispatcher

@@ -4,11 +4,15 @@ The whole model is built on the meta device, where it costs nothing, except that
 layer has only the experts held here (so layers of one host may hold different numbers of them), and is built on the
 real device. The model's own `load_weights` then gets the tensors of those experts under their local numbers. No code
 here knows any architecture.
+
+Weights are private to this process, or lie in the segment that all hosts of a node share (weights.py): then only what
+nobody has loaded yet is loaded, prepared and copied there, and the kernels see the whole layer, read-only.
 """
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,18 @@ from vllm.model_executor.model_loader.utils import get_model_cls, initialize_mod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from folkmoot.experts.vllm_api.checkpoint import ExpertTensor, count_experts, describe, expert_tensors, read_experts
+from folkmoot.experts.vllm_api.checkpoint import (
+    ExpertTensor,
+    count_experts,
+    describe,
+    expert_tensors,
+    identity,
+    read_experts,
+)
 from folkmoot.experts.vllm_api.runtime import engine_config, prepare_cpu, register_eagerly, world_of_one
+from folkmoot.experts.weights import Layout, SegmentError, WeightSegment
+
+log = logging.getLogger(__name__)
 
 # Names under which Hugging Face configurations keep the number of routed experts.
 _COUNT_NAMES = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
@@ -34,13 +48,19 @@ class LayerKernel:
     `hidden_size` is the model's, `num_slots` the number of experts held, `dtype` that of rows in and out.
     """
 
-    def __init__(self, module: RoutedExperts, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: RoutedExperts, hidden_size: int, dtype: torch.dtype, experts: Sequence[int] | None = None
+    ) -> None:
+        """`experts`: which of the module's experts the slots are; None: all of them, in order."""
         self.hidden_size = hidden_size
-        self.num_slots: int = module.moe_config.num_local_experts
+        count: int = module.moe_config.num_local_experts
+        self.num_slots = count if experts is None else len(experts)
         self.dtype = dtype
-        held = [p for p in module.parameters() if not p.is_meta]  # a gate's bias may be listed here too, on meta
-        self.device = held[0].device
-        self.bytes = sum(p.nbytes for p in held)
+        held = _parameters(module).values()
+        self.device = next(iter(held)).device
+        self.bytes = sum(p.nbytes for p in held) * self.num_slots // count
+        renumbered = experts is not None and list(experts) != list(range(count))
+        self._experts = torch.tensor(experts, dtype=torch.int32, device=self.device) if renumbered else None
         self._padded_size: int = module.moe_config.hidden_dim
         self._ones = torch.ones(256, 1, dtype=torch.float32, device=self.device)
         self._write = _direct_kernel(module)
@@ -61,6 +81,8 @@ class LayerKernel:
         self._check(slots)
         if rows > self._ones.shape[0]:
             self._ones = torch.ones(2 * rows, 1, dtype=torch.float32, device=self.device)
+        if self._experts is not None:
+            slots = self._experts.index_select(0, slots)
         weights, ids = self._ones[:rows], slots.unsqueeze(1)
         if self._write is not None:
             self._write(out, x, weights, ids)
@@ -78,19 +100,27 @@ class LayerKernel:
 
 @dataclass(frozen=True)
 class HostedExperts:
-    """The experts one host holds: a kernel a layer, and the memory their weights take."""
+    """The experts one host holds: a kernel a layer, and the bytes of their weights, of which some may be shared."""
 
     layers: dict[int, LayerKernel]
     bytes: int
+    shared_bytes: int = 0
 
 
 def load_experts(
-    checkpoint: Path, experts: Mapping[int, Sequence[int]], *, dtype: str = "auto", device: str = "cpu"
+    checkpoint: Path,
+    experts: Mapping[int, Sequence[int]],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    memory_fd: int | None = None,
 ) -> HostedExperts:
     """Load `experts` (logical experts by layer; slot i of a layer is its i-th) of the checkpoint folder.
 
     `dtype` is "auto" (the checkpoint's), "bfloat16", "float16" or "float32". Layers without experts may be left out.
-    Only the tensors of these experts are read. ValueError for a layer or an expert that the checkpoint does not have.
+    Only the tensors of these experts are read. `memory_fd` is the memory file of the segment that this node's hosts
+    share; where the kernels' layout does not allow it, weights are private, and the log says so.
+    ValueError for a layer or an expert that the checkpoint does not have.
     """
     checkpoint = Path(checkpoint)
     tensors = expert_tensors(checkpoint)
@@ -102,17 +132,118 @@ def load_experts(
         prepare_cpu()
     config = engine_config(checkpoint, dtype=dtype)
     with set_current_vllm_config(config), world_of_one(), torch.inference_mode():
-        model, modules = _build(config, {layer: len(ids) for layer, ids in wanted.items()}, torch.device(device))
-        for layer, ids in wanted.items():
-            with _expert_count(config, len(ids)):
-                model.load_weights(read_experts(tensors[layer], ids))
-            modules[layer].quant_method.process_weights_after_loading(modules[layer])
-            modules[layer]._ensure_moe_quant_config_init()
-    del model
-    gc.collect()
+        counts = {layer: len(wanted.get(layer, ())) for layer in shape.moe_layers}
+        loader = _Loader(config, tensors, *_build(config, counts, torch.device(device)))
+        is_shared = memory_fd is not None and device == "cpu" and _share(loader, wanted, memory_fd, checkpoint)
+        if not is_shared:
+            for layer, ids in wanted.items():
+                loader.load(layer, ids)
     rows = config.model_config.dtype
-    kernels = {layer: LayerKernel(modules[layer], shape.hidden_size, rows) for layer in sorted(wanted)}
-    return HostedExperts(kernels, sum(k.bytes for k in kernels.values()))
+    kernels = {
+        layer: LayerKernel(loader.modules[layer], shape.hidden_size, rows, ids if is_shared else None)
+        for layer, ids in sorted(wanted.items())
+    }
+    del loader
+    gc.collect()
+    size = sum(k.bytes for k in kernels.values())
+    return HostedExperts(kernels, size, size if is_shared else 0)
+
+
+@dataclass
+class _Loader:
+    """Loads and prepares experts of one layer at a time, under a current vLLM configuration and a world."""
+
+    config: VllmConfig
+    tensors: Mapping[int, list[ExpertTensor]]
+    model: Any
+    modules: dict[int, Any]
+
+    def load(self, layer: int, experts: Sequence[int]) -> None:
+        """Let the layer hold just these experts, ready to run. Without any, it is ready but for its weights."""
+        module = self.modules[layer]
+        module.hold(len(experts))
+        if experts:
+            with _expert_count(self.config, len(experts)):
+                self.model.load_weights(read_experts(self.tensors[layer], experts))
+        module.quant_method.process_weights_after_loading(module)
+        module._ensure_moe_quant_config_init()
+
+
+def _share(loader: _Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int, checkpoint: Path) -> bool:
+    """Run `wanted` from the node's segment, and load there what is missing; whether that can be done."""
+    try:
+        for layer in loader.modules:
+            loader.load(layer, ())
+        with closing(WeightSegment(memory_fd, _layout(loader, checkpoint))) as segment:
+            _load_missing(loader, wanted, segment)
+    except Exception as e:  # a kernel that cannot be prepared without experts fails as it likes
+        log.warning("expert weights are not shared with other hosts: %s: %s", type(e).__name__, e)
+        return False
+    return True
+
+
+def _layout(loader: _Loader, checkpoint: Path) -> Layout:
+    """Of modules that hold no experts: each parameter must have the experts as its first dimension, here 0."""
+    num_experts = count_experts(next(iter(loader.tensors.values())))
+    layers = {}
+    for layer, module in loader.modules.items():
+        parameters = _parameters(module)
+        if odd := [name for name, p in parameters.items() if p.ndim == 0 or p.shape[0] != 0]:
+            raise SegmentError(f"layer {layer}: parameters {odd} are not stacked by expert")
+        layers[layer] = {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape[1:])) for n, p in parameters.items()}
+    return Layout(identity(checkpoint), num_experts, layers)
+
+
+def _load_missing(loader: _Loader, wanted: Mapping[int, Sequence[int]], segment: WeightSegment) -> None:
+    """Attach every layer, and load what it lacks.
+
+    First the layers at which no other host is loading, then the others: so hosts that start together share the work.
+    """
+    left = list(wanted)
+    for wait in (False, True):
+        for layer in tuple(left):
+            with segment.locked(layer, wait=wait) as is_held:
+                if not is_held:
+                    continue
+                if missing := segment.missing(layer, wanted[layer]):
+                    _load_into(segment, loader, layer, missing)
+                _attach(loader.modules[layer], segment, layer)
+                left.remove(layer)
+
+
+def _load_into(segment: WeightSegment, loader: _Loader, layer: int, experts: Sequence[int]) -> None:
+    """Load experts and copy them into the segment. SegmentError where the kernel does not compute the same from there.
+
+    That would be one that keeps more than the module's parameters, of which nothing else could tell.
+    """
+    module = loader.modules[layer]
+    loader.load(layer, experts)
+    before = _probe(module, range(len(experts)))
+    segment.write(layer, experts, _parameters(module))
+    _attach(module, segment, layer)
+    if not torch.equal(before, _probe(module, experts)):
+        raise SegmentError(f"layer {layer}: its kernel keeps weights beside its parameters")
+    segment.mark_present(layer, experts)
+
+
+def _probe(module: Any, experts: Sequence[int]) -> torch.Tensor:
+    """A fixed row through each of the module's `experts`, as bytes."""
+    hidden, dtype = module.moe_config.hidden_dim_unpadded, module.moe_config.in_dtype
+    x = torch.linspace(-1, 1, hidden).to(dtype).repeat(len(experts), 1)
+    rows = LayerKernel(module, hidden, dtype, experts)(x, torch.arange(len(experts), dtype=torch.int32))
+    return rows.view(torch.uint8)
+
+
+def _attach(module: Any, segment: WeightSegment, layer: int) -> None:
+    """Let a module that has been prepared with some experts, or none, see all of the segment's."""
+    for name, tensor in segment.tensors(layer).items():
+        module.get_parameter(name).data = tensor  # the same object: kernels keep some of them
+    module.count(segment.layout.num_experts)
+
+
+def _parameters(module: RoutedExperts) -> dict[str, torch.Tensor]:
+    """A module's own parameters by name; a gate's bias may be listed there too, on meta."""
+    return {name: p for name, p in module.named_parameters() if not p.is_meta}
 
 
 def _check_wanted(
@@ -126,10 +257,10 @@ def _check_wanted(
             raise ValueError(f"{checkpoint}: layer {layer} has experts 0..{count - 1}, each to be held once: {ids}")
 
 
-def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) -> tuple[Any, dict[int, RoutedExperts]]:
+def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) -> tuple[Any, dict[int, Any]]:
     """The model on the meta device, and its RoutedExperts on `device` where `counts` names their layer."""
     model_class = get_model_cls(config.model_config)  # importing it defines its own subclasses of RoutedExperts
-    modules: dict[int, RoutedExperts] = {}
+    modules: dict[int, Any] = {}
     with (
         replaced(RoutedExperts, lambda base: _holding(base, counts, device, modules)),
         set_default_torch_dtype(config.model_config.dtype),
@@ -143,21 +274,32 @@ def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) 
 
 
 def _holding(
-    base: type[RoutedExperts], counts: Mapping[int, int], device: torch.device, modules: dict[int, RoutedExperts]
+    base: type[RoutedExperts], counts: Mapping[int, int], device: torch.device, modules: dict[int, Any]
 ) -> type[RoutedExperts]:
-    """A subclass of `base` that believes its layer has only the experts held, and stands on the real device."""
+    """A subclass of `base` that believes its layer has only the experts held, and stands on the real device.
+
+    It can be made anew for another number of experts by `hold`; `count` changes only what it believes.
+    """
 
     def __init__(self: Any, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kw: Any) -> None:
         layer = extract_layer_index(layer_name)
         if layer not in counts:
             base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
             return
-        count = counts[layer]
-        moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = count
         kw["apply_router_weight_on_input"] = False  # the dispatcher's side has done it
-        with device:
-            base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
-        self.local_num_experts = count
+
+        def count(num: int) -> None:
+            moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = num
+            self.local_num_experts = self.global_num_experts = num
+
+        def hold(num: int) -> None:
+            count(num)
+            with device, set_default_torch_dtype(params_dtype):
+                base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
+            self.count, self.hold = count, hold
+            count(num)
+
+        hold(counts[layer])
         modules[layer] = self
 
     return type(base.__name__, (base,), {"__init__": __init__})

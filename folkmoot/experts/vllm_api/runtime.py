@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import (
+    _groups,
     destroy_distributed_environment,
     destroy_model_parallel,
     init_distributed_environment,
@@ -86,6 +87,23 @@ def world_of_one() -> Iterator[None]:
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+def rest_groups_of_one() -> None:
+    """Give vLLM's process groups in which this process is alone a backend without threads.
+
+    Gloo's wake a hundred times a second for as long as a group is there. In a group of one vLLM's collectives return at
+    once, but building a model asks the groups for rank and size, and leaving the world closes them: they must be real.
+    """
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
+    for reference in list(_groups.values()):
+        group = reference()
+        if group is None or group.world_size != 1:
+            continue
+        for name in ("device_group", "cpu_group"):
+            busy = getattr(group, name)
+            setattr(group, name, torch.distributed.new_group(group.ranks, backend="fake"))
+            torch.distributed.destroy_process_group(busy)
 
 
 def prepare_cpu() -> None:
