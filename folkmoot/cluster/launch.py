@@ -308,9 +308,7 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
     if replicas is None:
         is_free = shares_weights(options) and options.address is None and per_host is None and capacity is None
         replicas = hosts if is_free and num_experts and hosts is not None else 1
-    num_hosts = num_hosts_for(
-        num_experts, replicas, num_hosts=hosts, experts_per_host=per_host, capacity=capacity
-    )
+    num_hosts = num_hosts_for(num_experts, replicas, num_hosts=hosts, experts_per_host=per_host, capacity=capacity)
     return num_hosts, replicas
 
 
