@@ -117,6 +117,7 @@ def join(one: Node, two: Node) -> None:
     for node in (one, two):
         node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
         node.run("ip", "link", "set", "veth0", "up")
+        node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
 
 
 def ray_start(node: Node, *arguments: str) -> None:
