@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,16 +167,17 @@ def members(made: list[Node]) -> list[int]:
 def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, Node]:
     """A cluster of 4 hosts, 2 of them on each node, so that each node has every expert; the engine on the first."""
     one, two = nodes
-    ray_start(one, "--head", "--port", "6379", "--num-cpus", "2", "--include-dashboard", "false")
+    ray_start(one, "--head", "--port", "6379", "--num-cpus", "1", "--include-dashboard", "false")
     ray_start(two, "--address", HEAD, "--num-cpus", "1")
     command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
     command += ["--model", str(mixtral), "--address", HEAD, "--listen", GATEWAY, "--hosts", "4", "--replicas", "2"]
-    one.run(*command, "--cpus-per-host", "0.5", *FLOAT32, timeout_s=240.0)
+    one.run(*command, "--cpus-per-host", "0.4", *FLOAT32, timeout_s=240.0)
     status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
     of_node: dict[str, set[int]] = {}
     for host in status["hosts"]:
         of_node.setdefault(host["node"], set()).update(host["experts"])
     assert list(of_node.values()) == [set(range(8))] * 2, "each node alone has every expert"
+    assert sorted(Counter(host["node"] for host in status["hosts"]).values()) == [2, 2]
     assert list(one.private.glob("folkmoot-*/engine-*.feed")), "the engine is on the first node"
     return nodes
 
