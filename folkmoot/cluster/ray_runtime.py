@@ -57,16 +57,11 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
 
 
 def start_router(spec: ClusterSpec) -> Any:
-    """The expert router's actor: detached, so that it outlives the command that started it; on this node, where the
-    request store may be an embedded one, unless it has to be restarted and this node is gone."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    """The expert router's actor: detached, so that it outlives the command that started it."""
     from folkmoot.cluster.router import ExpertRouter
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ExpertRouter.options(  # type: ignore[attr-defined]
-        name=ROUTER, namespace=spec.namespace, lifetime="detached", scheduling_strategy=here
+        name=ROUTER, namespace=spec.namespace, lifetime="detached", resources=_beside_store(spec)
     )
     return actor.remote(spec)
 
@@ -116,7 +111,7 @@ def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -
 
 
 def _beside_store(spec: ClusterSpec) -> dict[str, float]:
-    """What an engine asks of its node: to be this one, where the request store listens on loopback."""
+    """What router and engines ask of their node: to be this one, where the request store listens on loopback."""
     import ray
 
     if not spec.several_nodes or "//127.0.0.1:" not in spec.redis:

@@ -11,6 +11,8 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ with Client(sys.argv[1]) as client:
 """
 STATUS = """
 import sys
+import time
 from folkmoot.gateway.client import Client
 with Client(sys.argv[1]) as client:
     print(client.status().json)
@@ -117,6 +120,7 @@ def join(one: Node, two: Node) -> None:
     for node in (one, two):
         node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
         node.run("ip", "link", "set", "veth0", "up")
+        node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
 
 
 def ray_start(node: Node, *arguments: str) -> None:
@@ -163,16 +167,17 @@ def members(made: list[Node]) -> list[int]:
 def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, Node]:
     """A cluster of 4 hosts, 2 of them on each node, so that each node has every expert; the engine on the first."""
     one, two = nodes
-    ray_start(one, "--head", "--port", "6379", "--num-cpus", "2", "--include-dashboard", "false")
+    ray_start(one, "--head", "--port", "6379", "--num-cpus", "1", "--include-dashboard", "false")
     ray_start(two, "--address", HEAD, "--num-cpus", "1")
     command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
     command += ["--model", str(mixtral), "--address", HEAD, "--listen", GATEWAY, "--hosts", "4", "--replicas", "2"]
-    one.run(*command, "--cpus-per-host", "0.5", *FLOAT32, timeout_s=240.0)
+    one.run(*command, "--cpus-per-host", "0.4", *FLOAT32, timeout_s=240.0)
     status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
     of_node: dict[str, set[int]] = {}
     for host in status["hosts"]:
         of_node.setdefault(host["node"], set()).update(host["experts"])
     assert list(of_node.values()) == [set(range(8))] * 2, "each node alone has every expert"
+    assert sorted(Counter(host["node"] for host in status["hosts"]).values()) == [2, 2]
     assert list(one.private.glob("folkmoot-*/engine-*.feed")), "the engine is on the first node"
     return nodes
 
@@ -232,3 +237,75 @@ def status_of(node: Node) -> dict[str, Any]:
 
 def rows_of(node: Node) -> dict[str, int]:
     return {host["host"]: host["rows"] for host in status_of(node)["hosts"]}
+
+
+HOST = """
+import json, sys, time
+from dataclasses import asdict
+from folkmoot.experts.host import ExpertServer, HostSpec
+calls = 0
+def kernel(x, slots, out=None):
+    global calls
+    calls += 1
+    time.sleep(60 if calls > 3 else 0)
+    return out.copy_(x)
+server = ExpertServer(HostSpec("far", 1, "", {0: [0]}, sys.argv[1], tcp="10.77.0.2:0"), {0: kernel}, {0: 1})
+print(json.dumps(asdict(server.listen())), flush=True)
+server.serve()
+"""
+ENGINE = """
+import json, sys, time, torch
+from pathlib import Path
+from folkmoot.experts import expert_map as em
+from folkmoot.experts.dispatch_config import DispatchConfig
+from folkmoot.experts.dispatcher import Dispatcher
+from folkmoot.experts.expert_map import HostAddress, NoReplicaError
+expert_map = em.add_host(em.empty([0], 1), HostAddress(**json.loads(sys.argv[1])), {0: [0]})
+Path(sys.argv[2]).write_text(expert_map.to_json())
+d = Dispatcher(DispatchConfig(engine="e", map_path=sys.argv[2], no_replica_timeout_s=0.05))
+x, weights, ids = torch.randn(4, 96), torch.ones(4, 1), torch.zeros(4, 1).int()
+for _ in range(3):
+    d.forward(0, x, weights, ids)
+print("ready", flush=True)
+if sys.argv[3] == "nothing sent yet":
+    sys.stdin.readline()
+try:
+    d.forward(0, x, weights, ids)
+except NoReplicaError:
+    print("gone", flush=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["nothing sent yet", "all acknowledged"])
+def test_the_only_replica_behind_a_dead_link_is_given_up_before_any_deadline(
+    nodes: tuple[Node, Node], tmp_path: Path, moment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the stall deadline (it is the last replica: 10 s) nor end-of-file says so: the kernel's clocks do, also
+    where the request was acknowledged before, so that nothing of ours is unacknowledged."""
+    one, two = nodes
+    with two.start(sys.executable, "-c", HOST, str(two.temp / "far.sock")) as host:
+        assert host.stdout is not None
+        address = host.stdout.readline()
+        arguments = [address, str(tmp_path / "map.json"), moment]
+        with one.start(sys.executable, "-c", ENGINE, *arguments, stdin=subprocess.PIPE) as engine:
+            assert engine.stdout is not None and engine.stdin is not None
+            assert engine.stdout.readline() == "ready\n"
+            if moment == "all acknowledged":
+                eventually(lambda: unacknowledged(one) == [0], 5.0, "the request has been acknowledged")
+            one.run("ip", "link", "set", "veth0", "down")
+            down_s = time.monotonic()
+            engine.stdin.write("\n")
+            engine.stdin.flush()
+            assert engine.stdout.readline() == "gone\n"
+            took_s = time.monotonic() - down_s
+            assert host.poll() is None
+        two.kill()
+    with capsys.disabled():
+        print(f"\n[{moment}] given up {took_s:.2f} s after the link went down")
+
+
+def unacknowledged(node: Node) -> list[int]:
+    """Bytes sent and not acknowledged, of each established TCP connection of the node."""
+    lines = node.run("cat", "/proc/net/tcp").splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return [int(f[4].partition(":")[0], 16) for f in fields if f[3] == "01"]

@@ -57,20 +57,21 @@ def live(d: Dispatcher) -> set[str]:
 def test_the_rule(three: Hosts, tokens: list[int], combine: str, in_float32: bool) -> None:
     """Whatever hosts lie about whatever tokens:
 
-    - what at most one of the three lies about comes out right; what all say comes out as they say;
+    - what at most one of the three lies about comes out right where one of them is honest; what all say comes out as
+      they say; else it is the one or the other;
     - a host is dropped only for a lie that another one's answer refuted; one is always left.
     """
     x, w, ids = lied_about(tokens, torch.float32 if in_float32 else torch.bfloat16)
     d = dispatcher(three, combine=combine)
     routed = d.forward(0, x, w, ids)[0]
     right = expected(0, x, w, ids)
+    provable = {name for bit, name in enumerate(NAMES) if any(m > 0 and m != 7 and m >> bit & 1 for m in tokens)}
     for t, mask in enumerate(tokens):
-        if mask in (0, 1, 2, 4):
+        if mask == 0 or (mask in (1, 2, 4) and len(provable) < 3) or (mask > 0 and routed[t].isfinite().all()):
             torch.testing.assert_close(routed[t], right[t], rtol=0 if combine == "rows" else 2e-2, atol=1e-6)
         if mask in (-1, 7):
             assert not routed[t].isfinite().any()
     dropped = set(NAMES) - live(d)
-    provable = {name for bit, name in enumerate(NAMES) if any(m > 0 and m != 7 and m >> bit & 1 for m in tokens)}
     assert dropped <= provable
     assert len(dropped) < 3
     if not provable:
