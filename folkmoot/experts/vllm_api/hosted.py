@@ -218,20 +218,21 @@ def _load_into(segment: WeightSegment, loader: _Loader, layer: int, experts: Seq
     """
     module = loader.modules[layer]
     loader.load(layer, experts)
-    before = _probe(module, range(len(experts)))
+    before = _probe(module, 0)
     segment.write(layer, experts, _parameters(module))
     _attach(module, segment, layer)
-    if not torch.equal(before, _probe(module, experts)):
+    if not torch.equal(before, _probe(module, experts[0])):
         raise SegmentError(f"layer {layer}: its kernel keeps weights beside its parameters")
     segment.mark_present(layer, experts)
 
 
-def _probe(module: Any, experts: Sequence[int]) -> torch.Tensor:
-    """A fixed row through each of the module's `experts`, as bytes."""
+def _probe(module: Any, expert: int) -> torch.Tensor:
+    """A fixed row through one of the module's experts, as bytes."""
     hidden, dtype = module.moe_config.hidden_dim_unpadded, module.moe_config.in_dtype
-    x = torch.linspace(-1, 1, hidden).to(dtype).repeat(len(experts), 1)
-    rows = LayerKernel(module, hidden, dtype, experts)(x, torch.arange(len(experts), dtype=torch.int32))
-    return rows.view(torch.uint8)
+    row = LayerKernel(module, hidden, dtype, [expert])(
+        torch.linspace(-1, 1, hidden).to(dtype).unsqueeze(0), torch.zeros(1, dtype=torch.int32)
+    )
+    return row.view(torch.uint8)
 
 
 def _attach(module: Any, segment: WeightSegment, layer: int) -> None:
