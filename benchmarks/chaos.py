@@ -196,7 +196,8 @@ def main() -> None:
             asyncio.run(load.record(cluster.addresses, questions(), args.clients))  # first calls allocate
             before = snapshot.take(cluster)
             run, account = asyncio.run(play(cluster, plan, args.clients, args.seed))
-            whole = asyncio.run(load.until(cluster.is_whole, SETTLE_TIMEOUT_S))
+            ended_s = time.time()
+            whole = asyncio.run(load.until(lambda: cluster.is_whole(ended_s), SETTLE_TIMEOUT_S))
             leaks = snapshot.settled_leaks(cluster, before, SETTLE_TIMEOUT_S)
     figures = _report(plan, run, account, leaks, whole)
     report.finish(figures, args.json)

@@ -26,6 +26,7 @@ from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
+HEARD_S = 0.2
 COMMAND = (sys.executable, "-m", "folkmoot.cluster.cli")
 
 T = TypeVar("T")
@@ -139,10 +140,13 @@ class Cluster:
             document: dict[str, Any] = json.loads(client.status().json or "{}")
         return document
 
-    def is_whole(self) -> bool:
-        """Whether all replicas of all experts and all engines that were asked for are there."""
+    def is_whole(self, since_s: float = 0.0) -> bool:
+        """Whether all replicas of all experts and all engines that were asked for are there, as the router says in a
+        document that it wrote after `since_s` (Unix time) and had time to hear what happened until then."""
         with contextlib.suppress(Exception):
             status = self.status()
+            if status["time_s"] < since_s + HEARD_S:
+                return False
             ready = sum(e["phase"] == "ready" for e in status["engines"])
             whole = status["map"]["replicas_least"] >= status["map"]["replicas_wanted"]
             return bool(whole) and ready >= self._wanted("--engines")

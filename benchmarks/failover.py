@@ -100,7 +100,8 @@ async def _trial(
     await asyncio.sleep(plan.window_s / 2)
     injected = await faults.inject_soon(cluster, fault, rng)
     await asyncio.to_thread(cluster.tend)
-    whole = await load.until(cluster.is_whole, RESTORE_TIMEOUT_S)
+    since_s = time.time() - (time.monotonic() - injected.at_s)
+    whole = await load.until(lambda: cluster.is_whole(since_s), RESTORE_TIMEOUT_S)
     restored_s = time.monotonic() - injected.at_s if whole else None
     await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
     usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)

@@ -7,6 +7,7 @@ and counts its map's version on from what engines have.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 LOOK_EVERY_S = 2.0
 STATUS_EVERY_S = 1.0
+STATUS_PAUSE_S = 0.1
 STATUS_TTL_S = 10.0
 QUIET = (Tick, SlotsSeen, MapSeen, EngineReported, HostLoad)
 """Events that come all the time, and are not logged."""
@@ -232,10 +234,14 @@ class ExpertRouter:
                     self._engines_deployed = wanted
                 except Exception:
                     log.exception("Serve did not take %s engines of version %s", *wanted)
-            await asyncio.sleep(STATUS_EVERY_S)
+            await asyncio.sleep(STATUS_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
+                    await self._changed.wait()
 
     async def _publish_status(self) -> None:
-        """Write the status document where gateways find it. It expires by itself when the router is gone."""
+        """Write the status document where gateways find it, at every new map, and once a second. It expires by itself
+        when the router is gone."""
         queue = RequestQueue(self._store)
         while True:
             text = json.dumps(await self.status())

@@ -110,7 +110,8 @@ class Child:
 
     pid: int
     control: Control
-    _pidfd: int = field(repr=False)
+    _pidfd: int | None = field(repr=False)
+    """None: it had ended before it could be looked at; what it said stands in `control`"""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to the child."""
@@ -122,16 +123,17 @@ class Child:
 
     def is_alive(self) -> bool:
         """Whether the process still runs (a zombie does not)."""
-        return not select.select([self._pidfd], [], [], 0)[0]
+        return not self.wait(0)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the process to end; whether it has."""
-        return bool(select.select([self._pidfd], [], [], timeout_s)[0])
+        return self._pidfd is None or bool(select.select([self._pidfd], [], [], timeout_s)[0])
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
         """Send a signal; nothing happens if the process is gone already."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, sig)
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, sig)
 
 
 class WarmParent:
@@ -159,10 +161,18 @@ class WarmParent:
             if "error" in answer:
                 raise WarmParentError(str(answer["error"]))
             pid = int(answer["pid"])
-            return Child(pid, control, os.pidfd_open(pid))
+            return Child(pid, control, _pidfd_of(pid))
         except (OSError, EOFError, WarmParentError) as e:
             sock.close()
             raise WarmParentError(f"the warm parent at {self.socket_path} could not start {entry}: {e}") from e
+
+
+def _pidfd_of(pid: int) -> int | None:
+    """A descriptor of the process; None where it has ended already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def start(
