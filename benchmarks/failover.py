@@ -106,7 +106,7 @@ async def _trial(
     await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
     usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)
     gaps = [
-        load.longest_gap_s([answer], injected.at_s, injected.at_s + GAP_HORIZON_S) - usual_s
+        max(0.0, load.longest_gap_s([answer], injected.at_s, injected.at_s + GAP_HORIZON_S) - usual_s)
         for answer in steady.answers
         if _was_streaming(answer, injected.at_s)
     ]
