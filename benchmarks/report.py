@@ -50,6 +50,11 @@ def finish(figures: dict[str, object], path: Path | None) -> None:
         print(f"written to {path}")
 
 
+def has_amx() -> bool:
+    """Whether the processor has AMX: without it vLLM's CPU backend has no kernel for mxfp4."""
+    return " amx_tile" in Path("/proc/cpuinfo").read_text()
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -118,6 +118,8 @@ def join(one: Node, two: Node) -> None:
     pair = ["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", str(two.pid)]
     subprocess.run([*enter, *pair], check=True)
     for node in (one, two):
+        # On the loopback too: with one end of the pair the other one vanishes, and a node keeps its address.
+        node.run("ip", "address", "add", f"{node.ip}/32", "dev", "lo")
         node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
         node.run("ip", "link", "set", "veth0", "up")
         node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
