@@ -21,12 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from folkmoot.cluster import processes
+from folkmoot.cluster import processes, warm_files
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
 HEARD_S = 0.2
+WARM_MODULE = "folkmoot.experts.warm"
 COMMAND = (sys.executable, "-m", "folkmoot.cluster.cli")
 
 T = TypeVar("T")
@@ -123,7 +124,11 @@ class Cluster:
         """One more gateway on the cluster's store, which nobody but us brings back."""
         log = self.directory / f"gateway-{len(self._own)}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen, "--namespace", self.namespace]
-        process = processes.start(command, log, {"FOLKMOOT_REDIS": self.store_url})
+        environment = {**os.environ, "FOLKMOOT_REDIS": self.store_url}
+        with log.open(
+            "ab"
+        ) as out:  # not processes.start: its hook between fork and exec makes gRPC's threads here fail
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         line = eventually(lambda: [t for t in log.read_text().splitlines() if t.startswith("listening on ")], 30.0)
         self._own[line[0].removeprefix("listening on ").strip()] = process
 
@@ -159,10 +164,12 @@ class Cluster:
             found = [pid for pid, (_, command) in table.items() if TITLES[role] in command]
             own = [p.pid for p in self._own.values() if p.poll() is None] if role is Role.GATEWAY else []
             return sorted(found + own)
-        warm = [pid for pid, (parent, command) in table.items() if _is_warm(command) and parent == self.state.pid]
+        # What a warm parent forked has its command line, and is not its child any more once it has died.
+        assert self.state.run_dir is not None
+        warm = int(warm_files.pid_file(Path(self.state.run_dir) / "warm.sock").read_text())
         if role is Role.WARM:
-            return warm
-        forked = [pid for pid, (parent, _) in table.items() if parent in warm]
+            return [warm] if warm in table else []
+        forked = [pid for pid, (_, command) in table.items() if WARM_MODULE in command and pid != warm]
         engines = {parent for parent, command in table.values() if TITLES[Role.CORE] in command}
         return sorted(pid for pid in forked if (pid in engines) == (role is Role.ENGINE))
 
@@ -190,10 +197,6 @@ def process_table(root: int) -> dict[int, tuple[int, str]]:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             table[pid] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
     return table
-
-
-def _is_warm(command: str) -> bool:
-    return "folkmoot.experts.warm" in command
 
 
 def eventually(check: Callable[[], T], timeout_s: float) -> T:
