@@ -124,10 +124,9 @@ class Cluster:
         """One more gateway on the cluster's store, which nobody but us brings back."""
         log = self.directory / f"gateway-{len(self._own)}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen, "--namespace", self.namespace]
+        # Not processes.start, whose hook between fork and exec upsets gRPC's threads here.
         environment = {**os.environ, "FOLKMOOT_REDIS": self.store_url}
-        with log.open(
-            "ab"
-        ) as out:  # not processes.start: its hook between fork and exec makes gRPC's threads here fail
+        with log.open("ab") as out:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         line = eventually(lambda: [t for t in log.read_text().splitlines() if t.startswith("listening on ")], 30.0)
         self._own[line[0].removeprefix("listening on ").strip()] = process

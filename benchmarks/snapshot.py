@@ -13,8 +13,6 @@ import redis
 from benchmarks.clusters import Cluster
 
 MEMFD = re.compile(r"/memfd:(folkmoot[^ ]*)")
-ENDED_KEYS = (":request:", ":journal:")
-"""Keys of one request each, which expire by themselves once it has ended."""
 MEMORY_SLACK = 0.10
 """Allocators and caches warm up: memory that has grown by less than this share is not called a leak."""
 
@@ -24,10 +22,11 @@ Snapshot = Mapping[str, int]
 def take(cluster: Cluster) -> Snapshot:
     """Counts of processes, file descriptors, shared segments, keys, and bytes of memory, by name."""
     pids = cluster.all_pids()
-    counts = Counter({"processes": len(pids)})
+    counts: Counter[str] = Counter()
     segments: set[tuple[str, int]] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
+            counts[f"processes {_title(pid)}"] += 1
             counts["file descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
             counts["memory bytes"] += _pss(pid)
             segments |= _segments(pid)
@@ -57,6 +56,14 @@ def settled_leaks(cluster: Cluster, before: Snapshot, timeout_s: float) -> list[
     return found
 
 
+def _title(pid: int) -> str:
+    """What kind of process it is: the title it gave itself, or the module or program that it runs."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
+    if words and "::" in words[0]:
+        return words[0].split(".")[0]
+    return next((w for w in words if w.startswith("folkmoot.") or w.endswith(".py")), words[0] if words else "?")
+
+
 def _pss(pid: int) -> int:
     """Bytes of a process, shared pages counted as its share of them."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -75,16 +82,13 @@ def _segments(pid: int) -> set[tuple[str, int]]:
 
 
 def _keys(cluster: Cluster) -> Counter[str]:
-    """Keys in the store; of those that belong to one request only such as would stay for ever, or are not at an end."""
+    """Keys in the store that would stay for ever, by kind, and requests that are not at an end."""
     counts: Counter[str] = Counter()
     with redis.Redis.from_url(cluster.store_url) as store:
         for key in store.scan_iter(match=f"{{{cluster.namespace}}}*", count=1000):
             name = key.decode()
-            kind = next((k for k in ENDED_KEYS if k in name), None)
-            if kind is None:
-                counts["keys in the store"] += 1
-            elif store.ttl(key) == -1:
-                counts[f"keys {kind} without an end"] += 1
-            elif kind == ":request:" and store.hget(key, "state") not in (b"done", None):
+            if ":request:" in name and store.hget(key, "state") not in (b"done", None):
                 counts["requests that are not done"] += 1
+            elif store.ttl(key) == -1:  # the others go by themselves
+                counts[f"keys {name.split(':')[1]} without an end"] += 1
     return counts
