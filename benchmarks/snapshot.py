@@ -27,7 +27,7 @@ def take(cluster: Cluster) -> Snapshot:
     for pid in pids:
         with contextlib.suppress(OSError):
             counts[f"processes {_title(pid)}"] += 1
-            counts["file descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
+            counts[f"file descriptors of {_title(pid)}"] += len(os.listdir(f"/proc/{pid}/fd"))
             counts["memory bytes"] += _pss(pid)
             segments |= _segments(pid)
     for name, _ in segments:

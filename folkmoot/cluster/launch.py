@@ -156,6 +156,7 @@ class Supervisor:
             if self._store is not None and self._store.pid is None:
                 self._report("the request store died; starting it again")
                 self._store.start()
+            processes.reap_orphans()  # what a dead warm parent had forked is ours now
 
     def stop(self, failure: str | None = None) -> None:
         """End everything that was started, in any state of the start, and leave no process behind."""
