@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c
 demo: install    ## ask a real model three questions, kill one of its expert actors, see the same answer
 	$(BIN)/folkmoot demo
 
-test: install    ## every test; about 14 minutes on two cores
+test: install    ## every test; about half an hour on two cores
 	$(BIN)/python -m pytest
 
 quick-test: install  ## the tests that do not load a model
