@@ -37,6 +37,7 @@ FAULT_EVERY_S = 4.0
 RETRY_FAULT_S = 60.0
 """How long to wait for a process to break, where all of a role are just being brought back."""
 SETTLE_TIMEOUT_S = 180.0
+LEAKS_TIMEOUT_S = 30.0
 CANCEL, LEAVE = 0.05, 0.10
 """Shares of clients that cancel, or leave and follow later."""
 
@@ -198,7 +199,7 @@ def main() -> None:
             run, account = asyncio.run(play(cluster, plan, args.clients, args.seed))
             ended_s = time.time()
             whole = asyncio.run(load.until(lambda: cluster.is_whole(ended_s), SETTLE_TIMEOUT_S))
-            leaks = snapshot.settled_leaks(cluster, before, SETTLE_TIMEOUT_S)
+            leaks = snapshot.settled_leaks(cluster, before, LEAKS_TIMEOUT_S)
     figures = _report(plan, run, account, leaks, whole)
     report.finish(figures, args.json)
     sys.exit(bool(figures["violations"] or figures["leaks"] or figures["faults"] != len(plan)))

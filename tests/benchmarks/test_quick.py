@@ -19,12 +19,10 @@ KEYS = {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
     },
-    "chaos": {"faults", "requests", "violations", "leaks"},
 }
 MUST_BE_ZERO = {
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
-    "chaos": ("violations", "leaks"),
 }
 """These hold on any machine, however busy."""
 
@@ -45,5 +43,3 @@ def test_quick_preset(name: str, tmp_path: Path) -> None:
     assert {key: figures[key] for key in MUST_BE_ZERO.get(name, ())} == dict.fromkeys(MUST_BE_ZERO.get(name, ()), 0)
     if name == "exactness":
         assert figures["max_abs_dlogprob_vs_vllm_fp32"] <= 1e-6
-    if name == "chaos":
-        assert figures["faults"] == figures["faults_planned"] > 0
