@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,22 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny-mixtral", dtype="float32")
 
 
-@pytest.fixture(scope="session")
-def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
-    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
-    cluster.up("--model", str(mixtral), "--hosts", "4", "--replicas", "3", *FLOAT32)
+@contextmanager
+def running(state_dir: Path, *arguments: str) -> Iterator[Cluster]:
+    """A cluster that is up while the context is open; asserts at its end that no process is left."""
+    cluster = Cluster(state_dir, secrets.token_hex(4))
+    cluster.up(*arguments)
     yield cluster
     cluster.down()
     shutil.rmtree(temp_of(cluster.marker))
+
+
+@pytest.fixture(scope="session")
+def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
+    options = ("--model", str(mixtral), "--hosts", "4", "--replicas", "3", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """A cluster without spare replicas in which everything is killed: clients wait, and get the same tokens."""
 
 import json
-import secrets
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from tests.cluster.changes import (
     tokens,
     tokens_with_kill,
 )
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, running
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +30,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def fragile(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """2 expert hosts, 1 replica of each expert, one engine: no expert can be missed."""
-    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
-    cluster.up("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
-    yield cluster
-    cluster.down()
-    shutil.rmtree(temp_of(cluster.marker))
+    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A cluster that is resized while it serves: no request fails, and every answer is the one of a quiet cluster."""
 
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from folkmoot.gateway.admin_client import AdminClient
 from folkmoot.gateway.client_errors import FolkmootError, InvalidRequest, NotFound, RequestIdInUse
 from folkmoot.gateway.pb import admin_pb2 as pb
 from tests.cluster.changes import Load, host, is_healed, kill_router
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, running
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +19,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def elastic(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order."""
-    cluster = Cluster(tmp_path_factory.mktemp("state"), secrets.token_hex(4))
-    cluster.up("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
-    yield cluster
-    cluster.down()
-    shutil.rmtree(temp_of(cluster.marker))
+    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
+        yield cluster
 
 
 @pytest.fixture
