@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, interrupts
+from folkmoot.cluster import cli_admin, cli_batch, interrupts
 from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options, name_options
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
@@ -33,10 +33,11 @@ def main() -> None:
       folkmoot chat                         talk to it (in another terminal)
       folkmoot status                       what runs where, and how loaded it is
       folkmoot scale hosts 4                change it while it runs; also: replicas, engines
+      folkmoot batch submit prompts.jsonl --wait     run a file of prompts
     """
 
 
-for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll):
+for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_batch.batch):
     main.add_command(command)
 
 

@@ -233,6 +233,9 @@ class AsyncClient:
             await self.cancel(request_id)
 
     def _stub(self) -> gateway_pb2_grpc.FolkmootStub:
+        return gateway_pb2_grpc.FolkmootStub(self._channel())  # type: ignore[no-untyped-call]
+
+    def _channel(self) -> grpc.aio.Channel:
         address = self._addresses[self._at]
         channel = self._channels.get(address)
         if channel is None:
@@ -243,7 +246,7 @@ class AsyncClient:
                 else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
             )
             self._channels[address] = channel
-        return gateway_pb2_grpc.FolkmootStub(channel)  # type: ignore[no-untyped-call]
+        return channel
 
     def _next_address(self) -> None:
         self._at = (self._at + 1) % len(self._addresses)
@@ -317,10 +320,10 @@ class Client:
             future.cancel()
             raise
 
-    def _iterate(self, start: Callable[[], AsyncIterator[Chunk]]) -> Iterator[Chunk]:
+    def _iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
         chunks = start()
 
-        async def step() -> Chunk | None:
+        async def step() -> T | None:
             return await anext(chunks, None)
 
         async def leave() -> None:

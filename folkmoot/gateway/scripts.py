@@ -11,6 +11,7 @@
 Times are the store's clock in Unix milliseconds. KEYS[1] is the hash tag all keys begin with (keys.py).
 """
 
+from folkmoot.gateway.batch_scripts import BATCHES
 from folkmoot.gateway.prelude import PRELUDE
 
 # ARGV: gateway, then 13 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
@@ -360,4 +361,5 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
+    **BATCHES,
 }

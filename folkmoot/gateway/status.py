@@ -4,8 +4,8 @@ InvalidRequest    INVALID_ARGUMENT    BadRequest: every field with its limit
 QueueFull         RESOURCE_EXHAUSTED  RetryInfo, and trailing metadata `retry-after-ms`
 StoreUnavailable  UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`; ErrorInfo.reason says which
 StoreRefused      INTERNAL            ErrorInfo
-UnknownRequest    NOT_FOUND
-RequestIdTaken    ALREADY_EXISTS
+UnknownRequest    NOT_FOUND           UnknownBatch and UnknownLetter too
+RequestIdTaken    ALREADY_EXISTS      BatchIdTaken too
 GatewayStopping   UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`
 """
 
@@ -60,9 +60,9 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STORE_RETRY_MS, REASONS[type(error)])
         case errors.GatewayStopping():
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STOPPING_RETRY_MS, "GATEWAY_STOPPING")
-        case errors.UnknownRequest():
+        case errors.UnknownRequest() | errors.UnknownBatch() | errors.UnknownLetter():
             return _status(grpc.StatusCode.NOT_FOUND, text)
-        case errors.RequestIdTaken():
+        case errors.RequestIdTaken() | errors.BatchIdTaken():
             return _status(grpc.StatusCode.ALREADY_EXISTS, text)
         case errors.StoreError():
             return _status(grpc.StatusCode.INTERNAL, text, _info(REASONS[type(error)]))
