@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from folkmoot.gateway.pb import batches_pb2 as pb
 
@@ -53,33 +54,42 @@ def as_json(batch: pb.Batch) -> dict[str, Any]:
 
 def show(console: Console, batch: pb.Batch) -> None:
     """One batch as lines of text."""
-    console.print(f"[bold]{batch.id}[/]  {status_name(batch)}")
-    console.print(f"  {_counts(batch)}{_pace(batch)}")
-    console.print(f"  {batch.prompt_tokens} prompt tokens, {batch.completion_tokens} completion tokens")
-    console.print(f"  created {_clock(batch.created_ms)}, to be done by {_clock(batch.deadline_ms)}")
+    lines = [
+        f"{batch.id}  {status_name(batch)}",
+        f"  {_counts(batch)}{_pace(batch)}",
+        f"  {batch.prompt_tokens} prompt tokens, {batch.completion_tokens} completion tokens",
+        f"  created {_clock(batch.created_ms)}, to be done by {_clock(batch.deadline_ms)}",
+    ]
     if batch.ended_ms:
-        console.print(f"  ended {_clock(batch.ended_ms)}, kept until {_clock(batch.expires_ms)}")
+        lines.append(f"  ended {_clock(batch.ended_ms)}, kept until {_clock(batch.expires_ms)}")
     for error in batch.errors:
         where = f"line {error.line}: " if error.line else ""
-        console.print(f"  {where}{error.code}: {error.message}", markup=False)
+        lines.append(f"  {where}{error.code}: {error.message}")
+    console.print(Text("\n".join(lines)))
 
 
 def show_list(console: Console, batches: Sequence[pb.Batch]) -> None:
     """A table."""
-    table = Table("batch", "status", "lines", "done", "failed", "tokens/s", "left", "created", box=None)
+    rows = []
     for b in batches:
         left = _duration(b.eta_s) if b.HasField("eta_s") else ""
         speed = f"{b.tokens_per_s:.0f}" if b.tokens_per_s else ""
         counts = (str(b.total), str(b.completed), str(b.failed))
-        table.add_row(b.id, status_name(b), *counts, speed, left, _clock(b.created_ms))
-    console.print(table)
+        rows.append((b.id, status_name(b), *counts, speed, left, _clock(b.created_ms)))
+    _table(console, ("batch", "status", "lines", "done", "failed", "tokens/s", "left", "created"), rows)
 
 
 def show_letters(console: Console, letters: Sequence[pb.DeadLetter]) -> None:
     """A table."""
-    table = Table("id", "request", "model", "attempts", "when", "error", box=None)
-    for one in letters:
-        table.add_row(one.id, one.request_id, one.model, str(one.attempts), _clock(one.time_ms), one.error)
+    rows = [(one.id, one.request_id, one.model, str(one.attempts), _clock(one.time_ms), one.error) for one in letters]
+    _table(console, ("id", "request", "model", "attempts", "when", "error"), rows)
+
+
+def _table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Names are shown as they are, whatever markup or emoji they spell."""
+    table = Table(*header, box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
@@ -119,7 +129,7 @@ class Watch:
         text = f"{status_name(batch)}: {_counts(batch)}"
         if text != self._told and (now_s - self._told_s > TOLD_EVERY_S or batch.status in ENDED):
             self._told, self._told_s = text, now_s
-            self._console.print(f"{text}{_pace(batch)}")
+            self._console.print(Text(f"{text}{_pace(batch)}"))
 
 
 def _counts(batch: pb.Batch) -> str:

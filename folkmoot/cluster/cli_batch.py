@@ -115,7 +115,7 @@ def submit(
         )
         if wait or output or errors:
             if not as_json:
-                console.print(f"batch {made.id}: {made.total} lines")
+                click.echo(f"batch {made.id}: {made.total} lines")
             made = _watch(batches, made.id, quiet=as_json)
             for path, of_errors in ((output, False), (errors, True)):
                 if path is not None:
@@ -226,7 +226,7 @@ def dead_letters(model: str, most: int, replay: str | None, as_json: bool, **whe
     with _batches(**where) as batches:
         if replay is not None:
             request_id = batches.replay(replay, model)
-            console.print(f"queued as {request_id}")
+            click.echo(f"queued as {request_id}")
             for chunk in batches.client.follow(request_id):
                 click.echo(chunk.text, nl=False)
             click.echo()
@@ -265,15 +265,16 @@ def _watch(batches: Batches, batch_id: str, *, quiet: bool) -> pb.Batch:
             on_progress: Callable[[pb.Batch], None] = lambda b: None if quiet else watch.tell(b, time.monotonic())  # noqa: E731
             return batches.wait(batch_id, on_progress=on_progress)
     except KeyboardInterrupt:
-        console.print(
+        pass
+    try:
+        click.echo(
             f"\nbatch {batch_id} runs on. Follow it:  folkmoot batch status {batch_id} --wait\n"
             f"Cancel it:  folkmoot batch cancel {batch_id}, or Ctrl-C again now"
         )
-    try:
         time.sleep(SECOND_CTRL_C_S)
     except KeyboardInterrupt:
         batches.cancel(batch_id)
-        console.print(f"batch {batch_id} is being cancelled")
+        click.echo(f"batch {batch_id} is being cancelled")
     sys.exit(130)
 
 
