@@ -105,7 +105,7 @@ class Engine:
             child.kill()  # it has closed its end, so it is dead or as good as dead
             loop.call_soon_threadsafe(self._on_message, {"event": "error", "message": "its process is gone"})
             spec = self._spec
-            give_back(spec.redis, spec.store_namespace, spec.model, self._engine, "the engine died")
+            give_back(spec.redis, spec.store_namespace, self._engine, "the engine died")
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:

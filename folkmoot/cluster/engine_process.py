@@ -114,15 +114,13 @@ def main(raw: dict[str, Any], control: Control) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     spec = EngineSpec(**raw)
     maps = MapState(spec, control)
-    exit_with_owner(
-        control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.model, spec.engine)
-    )
+    exit_with_owner(control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.engine))
     _set_environment(spec)
     _tie_core_to_us(control)
     asyncio.run(_serve(spec, control, maps))
 
 
-def give_back(redis: str, namespace: str, model: str, engine: str, error: str = "") -> None:
+def give_back(redis: str, namespace: str, engine: str, error: str = "") -> None:
     """Give back all leases of an engine that is dead or about to end, so that others need not wait for their end.
 
     With an `error` their attempts count. Blocks, for a few seconds at most where the store is away: then they expire.
@@ -135,7 +133,7 @@ def give_back(redis: str, namespace: str, model: str, engine: str, error: str = 
         store = Store(redis, namespace)
         try:
             async with asyncio.timeout(GIVE_BACK_S):
-                given = await RequestQueue(store).abandon(model, engine, error)
+                given = await RequestQueue(store).abandon(engine, error)
             log.info("gave back %d leases of %s", given, engine)
         except (StoreError, TimeoutError) as e:
             log.warning("the leases of %s are left to expire: %s", engine, e)

@@ -101,7 +101,7 @@ class QueueMachine(RuleBasedStateMachine):
         trials = [r for r in free if r.attempts == last - 1]  # an engine runs one of these at a time
         is_trying = (tried := self.trials.get(engine)) is not None and self.holder_of(tried) == engine
         plain = len(free) - len(buried) - len(trials)
-        got = self.run(self.queue.lease(MODEL.name, engine, room, claim=True))
+        got = self.run(self.queue.lease(MODEL.name, engine, room))
         assert min(room, plain + (bool(trials) and not is_trying)) <= len(got) <= room
         assert sum(self.truth[lease.request_id] in trials for lease in got) <= 1
         for lease in got:
@@ -174,10 +174,9 @@ class QueueMachine(RuleBasedStateMachine):
         running = sorted(i for i, r in self.truth.items() if r.state == "running")
         request_id = data.draw(st.sampled_from(running))
         lane = "batch" if self.truth[request_id].lane == pb.BATCH else "interactive"
-        key = self.keys.request(request_id)
-        entry, engine = self.run(self.queue.store.command("HMGET", key, "entry", "engine"))
-        queue = self.keys.queue(MODEL.name, lane)  # type: ignore[arg-type]
-        self.run(self.queue.store.command("XCLAIM", queue, "engines", engine, 0, entry, "IDLE", 7_200_000, "JUSTID"))
+        entry = self.run(self.queue.store.command("HGET", self.keys.request(request_id), "entry"))
+        leases = self.keys.leases(MODEL.name, lane)  # type: ignore[arg-type]
+        self.run(self.queue.store.command("ZADD", leases, "XX", 1, entry))
         self.truth[request_id].expired = True
 
     @rule(engine=ENGINES, failed=st.booleans())
@@ -185,21 +184,21 @@ class QueueMachine(RuleBasedStateMachine):
         """Who saw it die gives its leases back: all of its current ones, and none that others hold now."""
         name = self.engines[engine]
         mine = [known for request_id, known in self.truth.items() if self.holder_of(request_id) == name]
-        assert self.run(self.queue.abandon(MODEL.name, name, "it died" if failed else "")) == len(mine)
+        assert self.run(self.queue.abandon(name, "it died" if failed else "")) == len(mine)
         for known in mine:
             if failed and known.attempts == SETTINGS.max_attempts:
                 known.state = "done"
             else:
                 known.state, known.attempts = "queued", known.attempts - (not failed)
-        assert self.run(self.queue.lease(MODEL.name, name, 9, claim=True)) == [], "a dead engine gets nothing"
+        assert self.run(self.queue.lease(MODEL.name, name, 9)) == [], "a dead engine gets nothing"
         self.engines[engine] = name + "'"  # its successor has another name
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        engine, lease = data.draw(st.sampled_from(self.leases))
+        _, lease = data.draw(st.sampled_from(self.leases))
         known = self.truth[lease.request_id]
-        (answer,) = self.run(self.queue.renew(engine, [lease]))
+        (answer,) = self.run(self.queue.renew([lease]))
         if known.epoch == lease.epoch and known.state == "running":
             assert answer == Held.HELD
             known.expired = False
