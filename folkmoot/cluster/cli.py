@@ -107,6 +107,25 @@ def _sampling(command: F) -> F:
     show_default=True,
     help="requests an engine runs at once",
 )
+@click.option(
+    "--max-batch-seqs",
+    type=click.IntRange(1),
+    help="of them batch requests  [default: three quarters of --max-num-seqs]",
+)
+@click.option(
+    "--batch-rows",
+    type=click.IntRange(0),
+    default=UpOptions.batch_rows,
+    show_default=True,
+    help="batch requests that take part in a step beside interactive ones; the others wait, and keep their memory",
+)
+@click.option(
+    "--batch-prompt-tokens",
+    type=click.IntRange(1),
+    default=UpOptions.batch_prompt_tokens,
+    show_default=True,
+    help="tokens of batch prompts that begin in one step",
+)
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")
 @click.option(

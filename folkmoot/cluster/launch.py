@@ -38,6 +38,7 @@ GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -71,6 +72,10 @@ class UpOptions:
     """address of a running Ray cluster; None: a local one"""
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_batch_seqs: int | None = None
+    """of them batch requests; None: three quarters"""
+    batch_rows: int = ClusterSpec.batch_rows
+    batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
     device: str = "cpu"
     kv_cache_gib: float = 1.0

@@ -19,7 +19,7 @@ from types import TracebackType
 from folkmoot.gateway import tasks
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import Append, Held, Lease, ModelRecord, RequestQueue
+from folkmoot.gateway.queue import UNLIMITED, Append, Held, Lease, ModelRecord, RequestQueue, Room
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LeaseHolder:
         self._written.set()
         self._to_write = asyncio.Event()
         self._work = asyncio.Event()
-        self._no_more = False
+        self._no_more = self._ask_again = False
         self._renewed_s = time.monotonic()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -99,9 +99,13 @@ class LeaseHolder:
         return (lease.request_id, lease.epoch) in self._held
 
     async def lease(
-        self, max_requests: int, max_tokens: int = 1 << 40, wait_s: float = 1.0, *, max_batch: int | None = None
+        self, max_requests: int, max_tokens: int = UNLIMITED, wait_s: float = 1.0, *, batch: Room | None = None
     ) -> list[Lease]:
-        """New leases, as RequestQueue.lease; waits up to `wait_s` for the first. Raises StoreError."""
+        """New leases, as RequestQueue.lease; waits up to `wait_s` for the first, or until `ask_again`.
+
+        Raises StoreError.
+        """
+        self._ask_again = False
         until = time.monotonic() + wait_s
         while True:
             self._work.clear()
@@ -109,19 +113,22 @@ class LeaseHolder:
                 return []
             if time.monotonic() - self._renewed_s > self._queue.settings.lease_s / 2:
                 await self._renew()  # this loop was held up: do not take over from ourselves
-            leases = await self._queue.lease(
-                self._record.name, self._engine, max_requests, max_tokens, max_batch=max_batch
-            )
+            leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, batch=batch)
             for lease in leases:
                 self._held[lease.request_id, lease.epoch] = lease
                 self._next[lease.request_id, lease.epoch] = lease.offset
             left_s = until - time.monotonic()
-            if leases or left_s <= 0:
+            if leases or left_s <= 0 or self._ask_again:
                 return leases
             # Not wait_for: before Python 3.12 it may swallow a cancellation.
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, POLL_S, self._queue.settings.lease_s / 4)):
                     await self._work.wait()
+
+    def ask_again(self) -> None:
+        """A `lease` that waits returns: its caller has more room now than it said."""
+        self._ask_again = True
+        self._work.set()
 
     def stop_leasing(self) -> None:
         """`lease` returns nothing from now on, also where it waits just now."""

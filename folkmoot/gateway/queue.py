@@ -23,6 +23,7 @@ LANE_OF: dict[int, Lane] = {pb.LANE_UNSPECIFIED: "interactive", pb.INTERACTIVE: 
 PB_LANE: dict[str, "pb.Lane"] = {"interactive": pb.INTERACTIVE, "batch": pb.BATCH}
 PB_STATE: dict[str, "pb.RequestState"] = {"queued": pb.QUEUED, "running": pb.RUNNING, "done": pb.DONE}
 
+UNLIMITED = 1 << 40
 HANDED_BACK_MS = 3_600_000  # handed back leases count as idle for a day; no lease that runs is idle for so long
 
 
@@ -67,6 +68,11 @@ class Lease:
     token_ids: tuple[int, ...] = ()
     text: str = ""
 
+    @property
+    def is_batch(self) -> bool:
+        """Which of the two lanes."""
+        return LANE_OF[self.request.lane] == "batch"
+
 
 class Held(StrEnum):
     """What renew and append say of a lease."""
@@ -85,6 +91,14 @@ class Append:
     request_id: str
     epoch: int
     response: pb.GenerateResponse
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine has room for: requests, and estimated tokens (the last one may go beyond them)."""
+
+    requests: int = UNLIMITED
+    tokens: int = UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -201,20 +215,19 @@ class RequestQueue:
     # ------------------------------------------------------------------------------------ an engine's side
 
     async def lease(
-        self, model: str, engine: str, max_requests: int, max_tokens: int = 1 << 40, *, max_batch: int | None = None
+        self, model: str, engine: str, max_requests: int, max_tokens: int = UNLIMITED, *, batch: Room | None = None
     ) -> list[Lease]:
-        """Take up to `max_requests` requests until their estimates reach `max_tokens`; of the batch lane, after all
-        interactive ones, up to `max_batch` (default: as many as there is room for).
+        """Take up to `max_requests` requests, until their estimates reach `max_tokens`: interactive ones, then of the
+        batch lane what also has room in `batch` (default: no limits of its own).
 
         Does not wait. Those handed back are taken first; also expired leases, but only where the store has been within
         reach for a whole lease_s, since while it was away nobody could renew.
         """
         s = self.settings
-        max_batch = max_requests if max_batch is None else max_batch
+        batch = batch or Room()
         idle_ms = _ms(s.lease_s) if self.store.steady_for_s > s.lease_s else HANDED_BACK_MS
-        rows = await self.store.run(
-            "lease", model, engine, max_requests, max_batch, max_tokens, s.max_attempts, idle_ms
-        )
+        limits = (max_requests, max_tokens, batch.requests, batch.tokens)
+        rows = await self.store.run("lease", model, engine, *limits, s.max_attempts, idle_ms)
         return [_lease(row) for row in rows]
 
     async def renew(self, leases: Sequence[Lease]) -> list[Held]:

@@ -76,15 +76,16 @@ return out
 """
 )
 
-# ARGV: model, engine, max requests, max requests of the batch lane, max tokens, max attempts, idle ms (leases that were
-# not renewed for so long are taken over).
+# ARGV: model, engine, max requests and max tokens of both lanes together, the same of the batch lane, max attempts,
+# idle ms (leases that were not renewed for so long are taken over).
 # Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
 LEASE = (
     PRELUDE
     + """
 local model, engine = ARGV[1], ARGV[2]
-local room, batch_room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local max_attempts, idle_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
+local room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4])
+local batch_room, batch_token_room = tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_attempts, idle_ms = tonumber(ARGV[7]), tonumber(ARGV[8])
 local out = {}
 if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
@@ -116,7 +117,7 @@ local function take(id, r)
   out[#out + 1] = {id, r.epoch, r.attempts, rest[1], r.next, r.deadline - now, tonumber(rest[2]),
                    now - tonumber(rest[2]), r.cost, payloads}
   room, token_room = room - 1, token_room - r.cost
-  if r.lane == 'batch' then batch_room = batch_room - 1 end
+  if r.lane == 'batch' then batch_room, batch_token_room = batch_room - 1, batch_token_room - r.cost end
 end
 
 -- One entry that nobody holds now. Its record may be gone: then only the line and the counters are put right.
@@ -160,8 +161,11 @@ local function next_of(lane)
   return found.entry and found
 end
 
+local function has_room(lane)
+  return room > 0 and token_room > 0 and (lane == 'interactive' or (batch_room > 0 and batch_token_room > 0))
+end
 for _, lane in ipairs({'interactive', 'batch'}) do
-  while room > 0 and token_room > 0 and (lane == 'interactive' or batch_room > 0) do
+  while has_room(lane) do
     local found = next_of(lane)
     if not found then break end
     consider(found)
