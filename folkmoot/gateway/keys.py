@@ -48,15 +48,19 @@ class Keys:
         return f"{self.root}:waiting:{lane}:{len(model.encode())}:{model}:{tenant}"
 
     def turns(self, model: str, lane: Lane) -> str:
-        """Sorted set: tenant with such requests -> its start tag, in virtual time (shares.py)."""
+        """Sorted set: tenant with such requests -> what it was served and has reserved, in shares (shares.py)."""
         return f"{self.root}:turns:{model}:{lane}"
 
+    def served(self, model: str, lane: Lane) -> str:
+        """Sorted set: the same tenants -> what each was served, in shares."""
+        return f"{self.root}:served:{model}:{lane}"
+
     def past(self, model: str, lane: Lane) -> str:
-        """Sorted set: tenant without -> its finish tag, where virtual time has not passed it yet."""
+        """Sorted set: tenant without -> what it was served, where that is more than a new tenant begins with."""
         return f"{self.root}:past:{model}:{lane}"
 
     def load(self, model: str, lane: Lane) -> str:
-        """Hash of counters: {waiting,running}_{requests,tokens}; and virtual_time."""
+        """Hash: {waiting,running}_{requests,tokens}; and floor, the shares that a new tenant begins with."""
         return f"{self.root}:load:{model}:{lane}"
 
     def tenant_load(self, model: str, lane: Lane) -> str:

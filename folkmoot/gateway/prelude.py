@@ -79,7 +79,8 @@ local function close(id, r, offset, payload, by, used)
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   leave_line(r)
   free(id, r)
-  settle(r, used or (r.answer > 0 and r.cost - r.answer + offset or r.cost))
+  if r.epoch > 0 then settle(r, used or (r.answer > 0 and r.cost - r.answer + offset or r.cost)) end
+  rank(r)
   redis.call('XDEL', queue_key(r.model, r.lane), r.entry)
   if r.state == 'running' and by == 0 then
     redis.call('PUBLISH', root .. ':control:' .. r.engine, id)
@@ -127,6 +128,7 @@ local function hand_back(id, r, max_attempts, message)
   r.state = 'queued'
   redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', r.attempts, 'error', message)
   line_up_again(r, is_last_attempt(r, max_attempts))
+  rank(r)
   woken[r.model] = true
   return 'requeued'
 end

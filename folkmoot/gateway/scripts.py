@@ -102,9 +102,10 @@ local function take(id, r)
   if is_last_attempt(r, max_attempts) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   free(id, r)
-  if r.epoch == 0 then charge(r) end
+  if r.epoch == 0 then leave_waiting(r) end
   r.state, r.epoch, r.attempts, r.engine = 'running', r.epoch + 1, r.attempts + 1, engine
   count(r, 'running', 1)
+  rank(r)
   hold(r)
   redis.call('SADD', held_key(engine), id)
   local key = request_key(id)

@@ -1,17 +1,23 @@
 """Who is next: the order of each lane, and the counters of lanes and tenants, in Lua; part of prelude.py.
 
     lane      what was handed back or whose lease ran out, before what is new
-    tenants   start-time fair queueing: each tenant has a start tag in virtual time; the lowest is next, becomes the
-              lane's virtual time, and grows by cost / weight. A tenant that comes (back) starts at the virtual time, so
-              that it gains nothing by having been away, and nobody waits for more than a turn of each other tenant.
-              P. Goyal, H. Vin, H. Cheng, "Start-time Fair Queueing", SIGCOMM 1996; by tokens and for requests of
-              language models: Y. Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.
+    tenants   the one with the least (tokens served + tokens reserved by what it has running) / weight
     requests  of a tenant: earliest deadline first. Those without a deadline of their own all have the gateway's, so
               they come in the order of their arrival.
 
-Costs are estimates when a request is leased; `settle` puts the tag right when its tokens are known. All is O(log n).
-Nothing is kept of a tenant without requests, but for a finish tag that virtual time has not reached yet; of those at
-most MAX_PAST, and none while nobody waits.
+A request reserves its estimated cost while it runs, and serves its tenant what it really took when it ends. So an
+estimate that is too high costs a tenant nothing in the end, and of two tenants that both have requests waiting,
+whatever they estimate and however long it goes on,
+
+    served_b / weight_b - served_a / weight_a  <=  reserved_a / weight_a + cost_b / weight_b
+
+(b was chosen before a when b's sum was the smaller one; since then a has not been served less, nor b more than it had
+reserved and the one cost). A tenant that comes (back) begins with the least that any waiting tenant was served: it
+gains nothing by having been away. After "virtual token counters" of Y. Sheng et al., "Fairness in Serving Large
+Language Models" (OSDI 2024), with reservations, so that nobody fills all engines before it is counted.
+
+All is O(log n). Nothing is kept of a tenant without requests but what it was served, as long as that is more than any
+tenant begins with; of those at most MAX_PAST, and none while nobody waits.
 """
 
 SHARES = """
@@ -34,18 +40,33 @@ local function count(r, state, sign)
   if tonumber(owed) <= 0 then redis.call('ZREM', lane_key('tenants', r), r.tenant) end
 end
 
-local function virtual_time(r) return tonumber(redis.call('HGET', lane_key('load', r), 'virtual_time') or 0) end
-local function tag_of(kind, r) return tonumber(redis.call('ZSCORE', lane_key(kind, r), r.tenant) or nil) end
-local function in_tokens(r, cost) return cost / tonumber(redis.call('HGET', root .. ':weights', r.tenant) or 1) end
+local function score_of(kind, r) return tonumber(redis.call('ZSCORE', lane_key(kind, r), r.tenant) or nil) end
+local function in_shares(r, tokens) return tokens / tonumber(redis.call('HGET', root .. ':weights', r.tenant) or 1) end
 
--- A tenant whose last waiting request is gone keeps its finish tag until virtual time has passed it.
-local function leave_turns(r, finish)
-  redis.call('ZREM', lane_key('turns', r), r.tenant)
-  local past = lane_key('past', r)
-  if redis.call('EXISTS', lane_key('turns', r)) == 0 then
+-- Shares that whoever comes now begins with: the least of all who wait. Never less than before.
+local function floor_of(r)
+  local least = redis.call('ZRANGE', lane_key('served', r), 0, 0, 'WITHSCORES')[2]
+  local floor = math.max(tonumber(redis.call('HGET', lane_key('load', r), 'floor') or 0), tonumber(least or 0))
+  redis.call('HSET', lane_key('load', r), 'floor', floor)
+  return floor
+end
+
+-- The place among the tenants that wait, after anything that it depends on has changed.
+local function rank(r)
+  local served = score_of('served', r)
+  if not served then return end
+  local reserved = redis.call('HGET', lane_key('tenant-load', r), 'running_tokens ' .. r.tenant)
+  redis.call('ZADD', lane_key('turns', r), served + in_shares(r, tonumber(reserved or 0)), r.tenant)
+end
+
+-- Remember what a tenant that does not wait was served, as long as there is somebody to compare it with.
+local function remember(r, served)
+  local floor, past = floor_of(r), lane_key('past', r)
+  if redis.call('EXISTS', lane_key('served', r)) == 0 then
     redis.call('DEL', past)
-  elseif finish > virtual_time(r) then
-    redis.call('ZADD', past, finish, r.tenant)
+  elseif served > floor then
+    redis.call('ZADD', past, served, r.tenant)
+    redis.call('ZREMRANGEBYSCORE', past, '-inf', floor)
     redis.call('ZREMRANGEBYRANK', past, 0, -MAX_PAST - 1)
   end
 end
@@ -54,10 +75,21 @@ end
 local function line_up(r)
   local ms, sequence = string.match(r.entry, '(%d+)-(%d+)')
   redis.call('ZADD', waiting_key(r), r.deadline - now + ms + math.min(sequence, 1023) / 1024, r.entry)
-  if not tag_of('turns', r) then
-    redis.call('ZADD', lane_key('turns', r), math.max(virtual_time(r), tag_of('past', r) or 0), r.tenant)
+  if not score_of('served', r) then
+    redis.call('ZADD', lane_key('served', r), math.max(floor_of(r), score_of('past', r) or 0), r.tenant)
     redis.call('ZREM', lane_key('past', r), r.tenant)
+    rank(r)
   end
+end
+
+-- A new request no more: it is leased for the first time, or has ended.
+local function leave_waiting(r)
+  if redis.call('ZREM', waiting_key(r), r.entry) == 0 or redis.call('EXISTS', waiting_key(r)) == 1 then return end
+  local served = score_of('served', r)
+  floor_of(r)
+  redis.call('ZREM', lane_key('served', r), r.tenant)
+  redis.call('ZREM', lane_key('turns', r), r.tenant)
+  remember(r, served)
 end
 
 -- A request that was leased before: ahead of all new ones. Those on their last attempt stand in a line of their own.
@@ -76,38 +108,20 @@ local function hold(r)
   redis.call('ZREM', lane_key('last', r), r.entry)
 end
 
--- Out of whatever line it stands in. A new request that leaves without having been leased costs its tenant nothing.
+-- Out of whatever line it stands in.
 local function leave_line(r)
   redis.call('ZREM', lane_key('leases', r), r.entry)
   redis.call('ZREM', lane_key('last', r), r.entry)
-  if redis.call('ZREM', waiting_key(r), r.entry) == 1 and redis.call('EXISTS', waiting_key(r)) == 0 then
-    leave_turns(r, tag_of('turns', r))
-  end
+  leave_waiting(r)
 end
 
--- The first lease of a request: its tenant's turn is over.
-local function charge(r)
-  local start = tag_of('turns', r)
-  redis.call('HSET', lane_key('load', r), 'virtual_time', start)
-  redis.call('ZREMRANGEBYSCORE', lane_key('past', r), '-inf', start)
-  redis.call('ZREM', waiting_key(r), r.entry)
-  local finish = start + in_tokens(r, r.cost)
-  if redis.call('EXISTS', waiting_key(r)) == 1 then
-    redis.call('ZADD', lane_key('turns', r), finish, r.tenant)
-  else
-    leave_turns(r, finish)
-  end
-end
-
--- What was charged too much or too little. Not below virtual time: nobody saves up turns.
+-- A request that was leased has ended, and took `used` tokens.
 local function settle(r, used)
-  if r.epoch == 0 or used == r.cost then return end
-  for _, kind in ipairs({'turns', 'past'}) do
-    local tag = tag_of(kind, r)
-    if tag then
-      tag = math.max(virtual_time(r), tag + in_tokens(r, used - r.cost))
-      redis.call('ZADD', lane_key(kind, r), tag, r.tenant)
-    end
+  local served = score_of('served', r)
+  if served then
+    redis.call('ZADD', lane_key('served', r), served + in_shares(r, used), r.tenant)
+  else
+    remember(r, math.max(floor_of(r), score_of('past', r) or 0) + in_shares(r, used))
   end
 end
 """

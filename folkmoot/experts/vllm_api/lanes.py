@@ -48,13 +48,16 @@ def paused(running: Sequence[Any], is_beside: bool, lanes: Lanes) -> list[Any]:
 def step_tokens(taking_part: Sequence[Any], waiting: Iterable[Any], is_beside: bool, lanes: Lanes) -> int:
     """Tokens for a step: what runs, all interactive prompts, and what batch prompts may have. `waiting` by priority."""
     total: int = sum(r.num_tokens_with_spec + r.num_output_placeholders - r.num_computed_tokens for r in taking_part)
+    rows = sum(r.priority != INTERACTIVE for r in taking_part)
+    prompts = 0
     for r in waiting:
-        if r.priority != INTERACTIVE:
-            longest: int = lanes.prompt_tokens if is_beside else max(lanes.prompt_tokens, r.num_tokens)
-            rows = sum(one.priority != INTERACTIVE for one in taking_part)
-            return total + (0 if is_beside and rows >= lanes.batch_rows else longest)
-        total += r.num_tokens
-    return total
+        if r.priority == INTERACTIVE:
+            total += r.num_tokens
+        elif (is_beside and rows >= lanes.batch_rows) or prompts + r.num_tokens > lanes.prompt_tokens:
+            return total + (prompts if is_beside or prompts else r.num_tokens)
+        else:
+            rows, prompts = rows + 1, prompts + r.num_tokens
+    return total + prompts
 
 
 class _TwoLanes(Scheduler):
