@@ -53,6 +53,16 @@ def _sampling(command: F) -> F:
     return command
 
 
+def _checked_weights(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from folkmoot.gateway.settings import parse_weights
+
+    try:
+        parse_weights(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
+    return text
+
+
 @main.command()
 @click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
 @click.option("--engines", type=click.IntRange(1), default=UpOptions.engines, show_default=True, help="vLLM engines")
@@ -125,6 +135,13 @@ def _sampling(command: F) -> F:
     default=UpOptions.batch_prompt_tokens,
     show_default=True,
     help="tokens of batch prompts that begin in one step",
+)
+@click.option(
+    "--tenant-weights",
+    metavar="NAME=WEIGHT,...",
+    default=UpOptions.tenant_weights,
+    callback=_checked_weights,
+    help="shares of each lane, by tokens; 1 for who is not named",
 )
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")

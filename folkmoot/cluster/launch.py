@@ -78,6 +78,8 @@ class UpOptions:
     batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
     device: str = "cpu"
+    tenant_weights: str = ""
+    """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
     kv_cache_gib: float = 1.0
     seed: int = 0
     transport: str = "auto"
@@ -235,6 +237,8 @@ class Supervisor:
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
+        if self.options.tenant_weights:
+            command += ["--tenant-weights", self.options.tenant_weights]
         spec.log("gateway").unlink(missing_ok=True)
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 

@@ -71,11 +71,6 @@ class Keys:
         """Sorted set: tenant -> its estimated tokens, waiting and running."""
         return f"{self.root}:tenants:{model}:{lane}"
 
-    @property
-    def weights(self) -> str:
-        """Hash: tenant -> the weight of its share; 1 where it is not there."""
-        return f"{self.root}:weights"
-
     def held(self, engine: str) -> str:
         """Set: ids of the requests that this engine holds."""
         return f"{self.root}:held:{engine}"

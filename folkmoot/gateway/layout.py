@@ -18,7 +18,7 @@ local function end_older()
         local id = item[2][2]
         local r = read(id)
         if r and r.state ~= 'done' then
-          r.answer = 0
+          r.answer, r.weight = 0, 1
           close(id, r, r.next, finish(r.next, ERROR, 14, 'the request store is of a new version now; send it again'), 0)
         end
       end

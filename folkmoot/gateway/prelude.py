@@ -3,8 +3,8 @@
 from folkmoot.gateway.layout import CHECK_LAYOUT
 from folkmoot.gateway.shares import SHARES
 
-# Request hash: model lane tenant body digest cost answer state epoch attempts engine entry next submitted deadline
-#               queue_deadline grace attended retention watchers error
+# Request hash: model lane tenant body digest cost answer weight state epoch attempts engine entry next submitted
+#               deadline queue_deadline grace attended retention watchers error
 PRELUDE = (
     """
 local root = KEYS[1]
@@ -53,10 +53,10 @@ local function flush()
   end
 end
 
-local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'state', 'epoch', 'attempts', 'engine', 'entry', 'next',
-                'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
-local NUMBERS = {'cost', 'answer', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace', 'attended',
-                 'retention'}
+local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'weight', 'state', 'epoch', 'attempts', 'engine', 'entry',
+                'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
+local NUMBERS = {'cost', 'answer', 'weight', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace',
+                 'attended', 'retention'}
 local function read(id)
   local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
   if not values[1] then return nil end

@@ -36,8 +36,9 @@ class QueueSettings:
     retention_s: float = 600.0  # a finished journal can be read for so long
     max_waiting_requests: int = 1024  # per model and lane
     max_waiting_tokens: int = 4_000_000  # per model and lane, prompt and answer, estimated
-    queue_timeout_s: float = 300.0  # a request that no engine ever took ends after so long
+    queue_timeout_s: float = 300.0  # an interactive request that no engine ever took ends after so long
     retry_after_ms: int = 1000  # the hint that goes with a refusal
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # shares of a lane; 1 for who is not named
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class RequestQueue:
                 body,
                 one.cost,
                 min(one.request.sampling.max_tokens, one.cost),
+                str(s.tenant_weights.get(one.request.tenant, 1.0)),
                 _ms(one.remaining_s),
                 _ms(s.queue_timeout_s),
                 _ms(one.grace_s),
@@ -297,11 +299,6 @@ class RequestQueue:
         flat = [int(value or 0) for value in await self.store.command("HMGET", keys.tenant_load(model, lane), *names)]
         size = len(COUNTERS)
         return {tenant.decode(): Load(*flat[i * size : (i + 1) * size]) for i, tenant in enumerate(tenants)}
-
-    async def set_weights(self, weights: Mapping[str, float]) -> None:
-        """The share of each tenant in every lane, against 1 for those that are not named. Replaces earlier ones."""
-        args = [part for tenant, weight in weights.items() for part in (tenant, str(weight))]
-        await self.store.run("weigh", *args)
 
     # ---------------------------------------------------------------------------------- models and cluster
 

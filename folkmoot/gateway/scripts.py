@@ -14,7 +14,7 @@ begin with (keys.py).
 
 from folkmoot.gateway.prelude import PRELUDE
 
-# ARGV: gateway, then 14 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
+# ARGV: gateway, then 15 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
 SUBMIT = (
     PRELUDE
     + """
@@ -38,9 +38,10 @@ local function is_full(r, max_requests, max_tokens)
   end
 end
 
-for i = 2, #ARGV, 14 do
+for i = 2, #ARGV, 15 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
-  local cost, answer, remaining, queueing, grace, retention, max_requests, max_tokens = unpack(ARGV, i + 6, i + 13)
+  local cost, answer, weight, remaining, queueing, grace, retention = unpack(ARGV, i + 6, i + 12)
+  local max_requests, max_tokens = tonumber(ARGV[i + 13]), tonumber(ARGV[i + 14])
   local key = request_key(id)
   local known = redis.call('HMGET', key, 'digest', 'watchers')
   if known[1] then
@@ -52,15 +53,16 @@ for i = 2, #ARGV, 14 do
       out[#out + 1] = 'taken'
     end
   else
-    local r = {model = model, lane = lane, tenant = tenant, cost = tonumber(cost), deadline = now + remaining}
-    local full = is_full(r, tonumber(max_requests), tonumber(max_tokens))
+    local r = {model = model, lane = lane, tenant = tenant, cost = tonumber(cost), weight = tonumber(weight),
+               deadline = now + remaining}
+    local full = is_full(r, max_requests, max_tokens)
     if full then
       out[#out + 1] = full
     else
       r.entry = redis.call('XADD', queue_key(model, lane), '*', 'id', id, 'cost', cost, 'tenant', tenant)
       redis.call('HSET', key, 'model', model, 'lane', lane, 'tenant', tenant, 'digest', digest, 'body', body,
-                 'cost', cost, 'answer', answer, 'state', 'queued', 'epoch', 0, 'attempts', 0, 'engine', '',
-                 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
+                 'cost', cost, 'answer', answer, 'weight', weight, 'state', 'queued', 'epoch', 0, 'attempts', 0,
+                 'engine', '', 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
                  'queue_deadline', lane == 'batch' and r.deadline or now + queueing, 'grace', grace,
                  'attended', now + grace, 'retention', retention, 'watchers', gateway)
       redis.call('PEXPIRE', key, remaining + retention)
@@ -363,15 +365,6 @@ return now
 """
 )
 
-# ARGV: pairs tenant, weight. These and no others hold from now on.
-WEIGH = (
-    PRELUDE
-    + """
-redis.call('DEL', root .. ':weights')
-if #ARGV > 0 then redis.call('HSET', root .. ':weights', unpack(ARGV)) end
-"""
-)
-
 ALL = {
     "submit": SUBMIT,
     "lease": LEASE,
@@ -383,5 +376,4 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
-    "weigh": WEIGH,
 }

@@ -41,7 +41,7 @@ local function count(r, state, sign)
 end
 
 local function score_of(kind, r) return tonumber(redis.call('ZSCORE', lane_key(kind, r), r.tenant) or nil) end
-local function in_shares(r, tokens) return tokens / tonumber(redis.call('HGET', root .. ':weights', r.tenant) or 1) end
+local function in_shares(r, tokens) return tokens / r.weight end
 
 -- Shares that whoever comes now begins with: the least of all who wait. Never less than before.
 local function floor_of(r)

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -58,9 +58,9 @@ def _no_tenant_is_far_ahead(url: str, plans: Sequence[tuple[float, Any]], slots:
     """The bound that shares.py states, after every event, in tokens that requests really took."""
 
     async def play() -> None:
-        queue = RequestQueue(Store(url, f"s{secrets.token_hex(6)}"), ENDLESS)
         tenants = {f"t{i}": Tenant(weight, len(jobs)) for i, (weight, jobs) in enumerate(plans)}
-        await queue.set_weights({name: tenant.weight for name, tenant in tenants.items()})
+        weights = {name: tenant.weight for name, tenant in tenants.items()}
+        queue = RequestQueue(Store(url, f"s{secrets.token_hex(6)}"), replace(ENDLESS, tenant_weights=weights))
         used = {}
         for name, (_, jobs) in zip(tenants, plans, strict=True):
             for number, (cost, unused) in enumerate(jobs):
@@ -107,8 +107,7 @@ def test_no_tenant_is_far_ahead(store_server: EmbeddedStore) -> None:
 
 async def test_weights_share_the_tokens(store_server: EmbeddedStore, namespace: str) -> None:
     """Estimates of one tenant are ten times too high; tokens are shared three to one all the same."""
-    queue = RequestQueue(Store(store_server.url, namespace), ENDLESS)
-    await queue.set_weights({"gold": 3.0})
+    queue = RequestQueue(Store(store_server.url, namespace), replace(ENDLESS, tenant_weights={"gold": 3.0}))
     for i in range(600):
         await queue.submit(submission(f"g{i}", "gold", 100))
         await queue.submit(submission(f"p{i}", "plain", 10))

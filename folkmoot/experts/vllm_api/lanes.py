@@ -45,16 +45,24 @@ def paused(running: Sequence[Any], is_beside: bool, lanes: Lanes) -> list[Any]:
     return [r for r in running if r.priority != INTERACTIVE][lanes.batch_rows :] if is_beside else []
 
 
-def step_tokens(taking_part: Sequence[Any], waiting: Iterable[Any], is_beside: bool, lanes: Lanes) -> int:
-    """Tokens for a step: what runs, all interactive prompts, and what batch prompts may have. `waiting` by priority."""
-    total: int = sum(r.num_tokens_with_spec + r.num_output_placeholders - r.num_computed_tokens for r in taking_part)
-    rows = sum(r.priority != INTERACTIVE for r in taking_part)
-    prompts = 0
+def step_tokens(
+    taking_part: Sequence[Any], waiting: Iterable[Any], is_beside: bool, lanes: Lanes, *, can_split: bool
+) -> int:
+    """Tokens for a step: what runs, all interactive prompts, and what batch prompts may have. `waiting` by priority;
+    `can_split`: prompts may be computed in parts."""
+    total, prompts, rows = 0, 0, 0
+    for r in taking_part:
+        left = r.num_tokens_with_spec + r.num_output_placeholders - r.num_computed_tokens
+        total += left if r.priority == INTERACTIVE or not can_split else min(left, lanes.prompt_tokens)
+        rows += r.priority != INTERACTIVE
     for r in waiting:
         if r.priority == INTERACTIVE:
             total += r.num_tokens
-        elif (is_beside and rows >= lanes.batch_rows) or prompts + r.num_tokens > lanes.prompt_tokens:
-            return total + (prompts if is_beside or prompts else r.num_tokens)
+        elif is_beside and rows >= lanes.batch_rows:
+            break
+        elif prompts + r.num_tokens > lanes.prompt_tokens:
+            prompts = lanes.prompt_tokens if can_split else prompts or (0 if is_beside else r.num_tokens)
+            break
         else:
             rows, prompts = rows + 1, prompts + r.num_tokens
     return total + prompts
@@ -69,13 +77,16 @@ class _TwoLanes(Scheduler):
         """One step."""
         lanes = Lanes(**self.vllm_config.additional_config[CONFIG_KEY])
         self._make_room()
+        self.running.sort(key=lambda r: r.priority)  # tokens of the step go to interactive ones first
         is_beside = any(r.priority == INTERACTIVE for r in self.running) or self._first_interactive() is not None
         resting = paused(self.running, is_beside, lanes)
         for r in resting:
             r.next_decode_eligible_step = self.current_step + 2  # not in the step that begins now
         limit: int = self.max_num_scheduled_tokens
         taking_part = [r for r in self.running if r not in resting]
-        self.max_num_scheduled_tokens = min(limit, max(1, step_tokens(taking_part, self.waiting, is_beside, lanes)))
+        can_split = self.scheduler_config.enable_chunked_prefill
+        wanted = step_tokens(taking_part, self.waiting, is_beside, lanes, can_split=can_split)
+        self.max_num_scheduled_tokens = min(limit, max(1, wanted))
         try:
             return super().schedule(*args, **kwargs)
         finally:

@@ -113,8 +113,14 @@ PRIVATE_NAMES = (
     PrivateName(
         f"{_SCHED}.scheduler.Scheduler",
         members=(
-            *("schedule", "running", "waiting", "current_step", "vllm_config", "kv_cache_config", "kv_cache_manager"),
-            *("block_size", "max_num_scheduled_tokens", "max_num_active_reqs", "prev_step_scheduled_req_ids"),
+            *("schedule", "running", "waiting", "current_step", "vllm_config", "scheduler_config", "kv_cache_config"),
+            *(
+                "kv_cache_manager",
+                "block_size",
+                "max_num_scheduled_tokens",
+                "max_num_active_reqs",
+                "prev_step_scheduled_req_ids",
+            ),
         ),
     ),
     PrivateName(f"{_SCHED}.scheduler.Scheduler._preempt_request", ("request", "timestamp")),
