@@ -12,8 +12,19 @@ GatewayError
 ├── QueueFull                  admission refused; carries a retry hint
 ├── UnknownRequest             no such id, or its journal has expired
 ├── RequestIdTaken             the id is in use for other content
-└── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
+├── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
+├── TooManyCalls               this gateway has as many calls under way as it takes
+├── Unauthenticated            who calls is not known
+│   ├── MissingApiKey          no key was sent
+│   └── InvalidApiKey          unknown, wrong, revoked or expired: nobody is told which
+└── PermissionDenied           who calls may not do this
+    ├── MissingRole            the key has none of the roles that open this call
+    └── OtherTenant            the request names a tenant that is not the key's
 """
+
+from collections.abc import Iterable
+
+from folkmoot.gateway.tenancy import public
 
 
 class GatewayError(Exception):
@@ -65,7 +76,7 @@ class UnknownRequest(GatewayError):
     """No request of this id is known (it never was, or its journal has expired)."""
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"unknown request {request_id!r}: never submitted, or its journal has expired")
+        super().__init__(f"unknown request {public(request_id)!r}: never submitted, or its journal has expired")
         self.request_id = request_id
 
 
@@ -73,7 +84,7 @@ class RequestIdTaken(GatewayError):
     """The request id is already in use for a request of other content."""
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id {request_id!r} is already in use for a request of other content")
+        super().__init__(f"request_id {public(request_id)!r} is already in use for a request of other content")
         self.request_id = request_id
 
 
@@ -82,3 +93,46 @@ class GatewayStopping(GatewayError):
 
     def __init__(self) -> None:
         super().__init__("this gateway is shutting down; follow the request at another one")
+
+
+class TooManyCalls(GatewayError):
+    """This gateway has as many calls under way as it takes; another one, or a moment later, may do."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"this gateway has max_calls = {limit} calls under way; retry later, or at another one")
+
+
+class Unauthenticated(GatewayError):
+    """Who calls is not known."""
+
+
+class MissingApiKey(Unauthenticated):
+    """No key was sent."""
+
+    def __init__(self) -> None:
+        super().__init__("this gateway asks for an API key: send metadata `authorization: Bearer KEY`")
+
+
+class InvalidApiKey(Unauthenticated):
+    """Unknown, wrong, revoked or expired."""
+
+    def __init__(self) -> None:
+        super().__init__("the API key is not valid")
+
+
+class PermissionDenied(GatewayError):
+    """Who calls may not do this."""
+
+
+class MissingRole(PermissionDenied):
+    """The key has none of the roles that open this call."""
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        super().__init__(f"this call needs an API key with the role {' or '.join(sorted(wanted))}")
+
+
+class OtherTenant(PermissionDenied):
+    """The request names a tenant that is not the key's."""
+
+    def __init__(self) -> None:
+        super().__init__("tenant: must be the API key's own tenant, or left empty")

@@ -12,6 +12,7 @@ Who is next is said in shares.py. Times are the store's clock in Unix millisecon
 begin with (keys.py).
 """
 
+from folkmoot.gateway.access_scripts import SWAP_KEY
 from folkmoot.gateway.prelude import PRELUDE
 
 # ARGV: gateway, then 15 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
@@ -376,4 +377,5 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
+    "swap_key": SWAP_KEY,
 }
