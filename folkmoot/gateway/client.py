@@ -21,6 +21,7 @@ gap or duplicate; the request keeps running meanwhile. Leaving the iteration ear
 """
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -224,7 +225,6 @@ class AsyncClient:
 
     async def _call(self, method: Callable[[Any], Any], message: Any) -> Any:
         patience = _Patience(self._options.reconnect_s)
-        ends_s = time.monotonic() + self._options.reconnect_s
         while True:
             try:
                 return await method(self._stub())(message, timeout=CALL_TIMEOUT_S, metadata=self._options.metadata)
@@ -232,7 +232,7 @@ class AsyncClient:
                 error = error_of(e, getattr(message, "request_id", ""))
                 if not isinstance(error, Unavailable):
                     raise error from e
-                await self._try_elsewhere(error, patience, ends_s)
+                await self._try_elsewhere(error, patience, math.inf)
 
     async def _cancel_quietly(self, request_id: str) -> None:
         with suppress(FolkmootError):  # then its grace period ends it
