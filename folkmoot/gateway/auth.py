@@ -29,6 +29,8 @@ WHO_MAY: dict[str, frozenset[str]] = {
     "/folkmoot.v1.Folkmoot/GetClusterStatus": frozenset({"status", "admin"}),
     "/folkmoot.v1.Folkmoot/ListModels": EVERY_ROLE,
     "/folkmoot.v1.Folkmoot/": frozenset({"generate", "batch"}),
+    "/folkmoot.v1.Batches/ListDeadLetters": frozenset({"admin"}),  # of all tenants
+    "/folkmoot.v1.Batches/ReplayDeadLetter": frozenset({"admin"}),
     "/folkmoot.v1.Batches/": frozenset({"batch"}),
 }
 """Any one of these roles, for the method or else for its service. What is not here needs `admin`: folkmoot.v1.Admin,

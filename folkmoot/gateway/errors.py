@@ -10,6 +10,7 @@ GatewayError
 │   │   └── StoreDiskFull      it cannot write to its disk
 │   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
 ├── QueueFull                  admission refused; carries a retry hint
+├── LimitReached               the tenant has used what it may; carries a retry hint, where waiting helps
 ├── UnknownRequest             no such id, or its journal has expired
 ├── RequestIdTaken             the id is in use for other content
 ├── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
@@ -24,7 +25,10 @@ GatewayError
 
 from collections.abc import Iterable
 
-from folkmoot.gateway.tenancy import public
+
+def public(request_id: str) -> str:
+    """The id that the client knows."""
+    return request_id.rpartition("/")[2]
 
 
 class GatewayError(Exception):
@@ -68,6 +72,18 @@ class QueueFull(GatewayError):
 
     def __init__(self, limit: str, value: int, retry_after_ms: int) -> None:
         super().__init__(f"the queue is full ({limit} = {value}); retry in {retry_after_ms} ms")
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+
+
+class LimitReached(GatewayError):
+    """The tenant has used what it may of `limit`; `retry_after_ms` None: it asks for more than it may have at all."""
+
+    def __init__(self, limit: str, value: float, retry_after_ms: int | None, asked: int) -> None:
+        text = f"the tenant's limit {limit} = {value:g} is reached; retry in {retry_after_ms} ms"
+        if retry_after_ms is None:
+            text = f"the tenant's limit {limit} = {value:g} allows no request for {asked}"
+        super().__init__(text)
         self.limit = limit
         self.retry_after_ms = retry_after_ms
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from folkmoot.gateway.errors import LimitReached
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -12,7 +14,7 @@ class Limits:
     tokens_per_minute: int | None = None
     """prompt and answer: estimated when a request comes, put right when it has ended"""
     concurrent_requests: int | None = None
-    """waiting and running"""
+    """waiting and running, in each lane"""
     queue_share: float | None = None
     """part of the places of a model's lane that the tenant's waiting requests may take, above 0 and up to 1"""
     batch_lines: int | None = None
@@ -27,6 +29,17 @@ class Limits:
                     raise ValueError(f"{name} must be above 0 and at most 1, is {value}")
             elif type(value) is not int or not 1 <= value < 2**53:
                 raise ValueError(f"{name} must be a whole number of at least 1, is {value}")
+
+    @property
+    def packed(self) -> str:
+        """As `over_limits` in access_scripts.py takes them: those that are checked with each request."""
+        checked = self.requests_per_minute, self.tokens_per_minute, self.concurrent_requests, self.queue_share
+        return " ".join(str(limit or 0) for limit in checked) if any(checked) else ""
+
+    def check_batch(self, lines: int) -> None:
+        """Raises LimitReached where a batch of so many lines is more than this allows."""
+        if self.batch_lines is not None and lines > self.batch_lines:
+            raise LimitReached("batch_lines", self.batch_lines, None, lines)
 
     def given(self) -> dict[str, Any]:
         """The limits that there are, by name."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from folkmoot.gateway import status
-from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest
+from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
 from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
@@ -18,7 +18,7 @@ from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
 from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
-from folkmoot.gateway.tenancy import caller, public
+from folkmoot.gateway.tenancy import caller
 from folkmoot.gateway.validate import InvalidRequest, check, check_id, choose_model, estimate_tokens
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             remaining_s=budget_s,
             grace_s=grace_s,
             gateway=self._reader.gateway,
+            limits=who.limits,
         )
 
     async def _stream(self, stream: Stream, context: Context, ends_s: float, request_id: str) -> None:

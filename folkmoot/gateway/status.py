@@ -8,6 +8,7 @@ UnknownRequest    NOT_FOUND
 RequestIdTaken    ALREADY_EXISTS
 GatewayStopping   UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`
 TooManyCalls      RESOURCE_EXHAUSTED  the same
+LimitReached      RESOURCE_EXHAUSTED  the same where waiting helps; ErrorInfo.reason
 Unauthenticated   UNAUTHENTICATED
 PermissionDenied  PERMISSION_DENIED
 """
@@ -64,6 +65,10 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STORE_RETRY_MS, REASONS[type(error)])
         case errors.GatewayStopping():
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STOPPING_RETRY_MS, "GATEWAY_STOPPING")
+        case errors.LimitReached(retry_after_ms=None):
+            return _status(grpc.StatusCode.RESOURCE_EXHAUSTED, text, _info("TENANT_LIMIT"))
+        case errors.LimitReached():
+            return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, error.retry_after_ms or 0, "TENANT_LIMIT")
         case errors.TooManyCalls():
             return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, CALLS_RETRY_MS, "TOO_MANY_CALLS")
         case errors.Unauthenticated():

@@ -24,11 +24,6 @@ class Caller:
         return f"{self.tenant}/{request_id}" if self.tenant else request_id
 
 
-def public(request_id: str) -> str:
-    """The id that the client knows."""
-    return request_id.rpartition("/")[2]
-
-
 _caller: ContextVar[Caller] = ContextVar("caller")
 
 
