@@ -2,6 +2,7 @@
 
     no key, or none that is good    UNAUTHENTICATED, in the same words whatever is wrong with it
     a role is missing               PERMISSION_DENIED
+    not a message of its type       INVALID_ARGUMENT (malformed.py)
     too many calls are under way    RESOURCE_EXHAUSTED, with a retry hint
     the store is away               UNAVAILABLE, as everywhere
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from folkmoot.gateway import status, tenancy
+from folkmoot.gateway import malformed, status, tenancy
 from folkmoot.gateway.api_keys import ROLES, KeyRing
 from folkmoot.gateway.errors import GatewayError, MissingApiKey, MissingRole, TooManyCalls
 from folkmoot.gateway.tenancy import Caller
@@ -52,6 +53,7 @@ class Door(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._max_calls = max_calls
         self._calls = 0
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """The handler of the call, or one that refuses it."""
@@ -60,7 +62,12 @@ class Door(grpc.aio.ServerInterceptor):
             tenancy.set_caller(await self._let_in(details))
         except GatewayError as e:
             return _refusing(status.of(e))
-        return await continuation(details)
+        if details.method not in self._handlers:
+            handler = await continuation(details)
+            if handler is None:
+                return None  # gRPC then says UNIMPLEMENTED
+            self._handlers[details.method] = malformed.refusing(handler)
+        return self._handlers[details.method]
 
     def _count(self) -> None:
         """Each call has a task of its own, which is this one, and ends when the call has."""

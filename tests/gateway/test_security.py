@@ -387,3 +387,17 @@ async def _is_served(client: AsyncClient) -> bool:
     except Busy:
         return False
     return True
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x12\x02\xff\xfe", b"\x0b" * 200])
+async def test_what_is_no_message_is_the_callers_fault(
+    channel: grpc.aio.Channel, keys: KeyStore, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bytes, lengths, UTF-8 and nesting that are none; without a traceback in the log for each."""
+    _, key = await keys.create("alice", ["generate", "admin"])
+    for method in ("/folkmoot.v1.Folkmoot/Generate", "/folkmoot.v1.Folkmoot/GetRequest", "/folkmoot.v1.Admin/Drain"):
+        call = channel.unary_stream(method)(data, metadata=bearer(key))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT, method
+    assert caplog.text == ""
