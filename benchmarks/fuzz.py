@@ -142,11 +142,9 @@ async def send(channel: grpc.aio.Channel, address: str, one: Case) -> tuple[str,
         for data in one.messages:
             yield data
 
-    call: Any
-    if len(one.messages) == 1:
-        call = channel.unary_stream(one.method)(one.messages[0], **options)
-    else:
-        call = channel.stream_stream(one.method)(messages(), **options)
+    is_one = len(one.messages) == 1
+    begin: Any = channel.unary_stream(one.method) if is_one else channel.stream_stream(one.method)
+    call = begin(one.messages[0] if is_one else messages(), **options)
     try:
         if one.leave_s is not None:
             await asyncio.sleep(one.leave_s)

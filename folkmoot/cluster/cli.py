@@ -12,7 +12,16 @@ from typing import Any
 import click
 
 from folkmoot.cluster import cli_admin, cli_keys, interrupts
-from folkmoot.cluster.cli_common import F, Failure, access, address_of, console, gateway_options, name_options
+from folkmoot.cluster.cli_common import (
+    F,
+    Failure,
+    access,
+    address_of,
+    console,
+    gateway_options,
+    name_options,
+    require_file,
+)
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
@@ -21,7 +30,7 @@ from folkmoot.gateway.settings import is_local
 
 DETACH_POLL_S = 0.1
 DOWN_TIMEOUT_S = 60.0
-PEM = click.Path(exists=True, dir_okay=False, resolve_path=True, path_type=Path)
+PEM = click.Path(resolve_path=True, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -242,6 +251,8 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
     if (chosen.tls_cert is None) != (chosen.tls_key is None) or (chosen.tls_client_ca and not chosen.tls_cert):
         raise click.UsageError("--tls-cert and --tls-key go together, and --tls-client-ca needs them")
+    for path in filter(None, (chosen.tls_cert, chosen.tls_key, chosen.tls_client_ca)):
+        require_file(path)
     if detach:
         _print_ready(_run_detached(chosen), chosen, timings)
     else:

@@ -53,7 +53,7 @@ def _access_option(name: str, text: str) -> Callable[[F], F]:
     def keep(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
         context.meta[f"{__name__}.{parameter.name}"] = value
 
-    path = click.Path(exists=True, dir_okay=False, path_type=Path)
+    path = click.Path(path_type=Path)
     return click.option(name, type=path, metavar="FILE", expose_value=False, callback=keep, help=text)
 
 
@@ -63,11 +63,20 @@ def access() -> dict[str, Any]:
     files = {name: meta.get(f"{__name__}.{name}") for name in ("tls_ca", "tls_cert", "tls_key")}
     if (files["tls_cert"] is None) != (files["tls_key"] is None):
         raise click.UsageError("--tls-cert and --tls-key must be given together")
+    for path in filter(None, files.values()):
+        require_file(path)
     path = meta.get(f"{__name__}.api_key_file")
     return {"api_key": _key_in(path) if path else os.environ.get("FOLKMOOT_API_KEY") or None, **files}
 
 
+def require_file(path: Path) -> None:
+    """Raises Failure where there is no file of this name that can be read."""
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        raise Failure(f"{path} is no file that can be read")
+
+
 def _key_in(path: Path) -> str:
+    require_file(path)
     text = path.read_text(errors="replace").strip()
     if not KEY.fullmatch(text):
         raise Failure(f"{path} holds no API key: it must hold one, `fmk_...`, and nothing else")
