@@ -19,11 +19,11 @@ from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.errors import InvalidApiKey, StoreAway
 from folkmoot.gateway.pb import admin_pb2, admin_pb2_grpc, gateway_pb2_grpc
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.queue import RequestQueue, Submission
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.store import Store
 from tests.gateway.conftest import QUICK, start_gateway, token_request, until
-from tests.gateway.echo import EchoEngine, answer
+from tests.gateway.echo import MODEL, EchoEngine, answer
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -338,6 +338,24 @@ async def test_the_tenant_is_the_keys(alice_and_bob: list[AsyncClient], engine: 
     await alice.generate_text(token_ids=[1], max_tokens=2, tenant="alice")
     await alice.generate_text(token_ids=[1], max_tokens=2)
     assert [lease.request.tenant for lease in engine.leases] == ["alice", "alice"]
+
+
+async def test_tenants_see_no_other_tenants_load(
+    guarded: str, keys: KeyStore, queue: RequestQueue, stack: AsyncExitStack
+) -> None:
+    await queue.register("engine-1", MODEL, 60.0)
+    for tenant in ("alice", "bob"):
+        request = token_request(1, request_id="x", tenant=tenant)
+        await queue.submit(Submission(f"{tenant}/x", MODEL.name, request, 8, 60.0, 0.0))
+
+    async def seen_by(role: str) -> set[str]:
+        _, text = await keys.create("alice", [role])
+        client = await stack.enter_async_context(AsyncClient(guarded, api_key=text))
+        (model,) = await client.models()
+        return {load.tenant for lane in model.lanes for load in lane.tenants}
+
+    assert await seen_by("generate") == {"alice"}
+    assert await seen_by("status") == {"alice", "bob"}
 
 
 # Addresses.
