@@ -13,7 +13,7 @@ import click
 
 from folkmoot.cluster import batch_view
 from folkmoot.cluster.batch_view import ENDED, Watch
-from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options
+from folkmoot.cluster.cli_common import F, Failure, access, address_of, console, gateway_options
 from folkmoot.gateway.batch_client import Batches
 from folkmoot.gateway.client import Client
 from folkmoot.gateway.client_errors import FolkmootError
@@ -245,7 +245,7 @@ def dead_letters(model: str, most: int, replay: str | None, as_json: bool, **whe
 def _batches(*, gateway: str | None, name: str, state_dir: Path | None) -> Iterator[Batches]:
     """Calls to the chosen gateway, whose errors are shown as one paragraph."""
     try:
-        with Client(gateway or address_of(name, state_dir), reconnect_s=RECONNECT_S) as client:
+        with Client(gateway or address_of(name, state_dir), reconnect_s=RECONNECT_S, **access()) as client:
             yield Batches(client)
     except FolkmootError as e:
         raise Failure(f"{e.code}: {e}") from e

@@ -65,7 +65,9 @@ class AsyncBatches:
         patience = _Patience(self._client._options.reconnect_s)
         while True:
             try:
-                batch: pb.Batch = await self._stub().Create(_messages(header, source), timeout=UPLOAD_TIMEOUT_S)
+                batch: pb.Batch = await self._stub().Create(
+                    _messages(header, source), timeout=UPLOAD_TIMEOUT_S, metadata=self._client._options.metadata
+                )
                 return batch
             except grpc.aio.AioRpcError as e:
                 await self._elsewhere(e, patience)
@@ -112,7 +114,8 @@ class AsyncBatches:
         file = pb.ERRORS if errors else pb.OUTPUT
         patience = _Patience(self._client._options.reconnect_s)
         while True:
-            call = self._stub().Results(pb.BatchResultsRequest(batch_id=batch_id, file=file, line=line, follow=follow))
+            request = pb.BatchResultsRequest(batch_id=batch_id, file=file, line=line, follow=follow)
+            call = self._stub().Results(request, metadata=self._client._options.metadata)
             rest = b""
             try:
                 async for message in call:
@@ -159,8 +162,7 @@ class AsyncBatches:
         error = error_of(e)
         if not isinstance(error, Unavailable):
             raise error from e
-        self._client._next_address()
-        await patience.wait(error, float("inf"))
+        await self._client._try_elsewhere(error, patience, float("inf"))
 
 
 class Batches:

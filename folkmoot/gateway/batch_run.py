@@ -18,7 +18,8 @@ from folkmoot.gateway.batch_answers import joined
 from folkmoot.gateway.batch_check import FileCheck
 from folkmoot.gateway.batch_store import Answer, BatchLease, BatchStore, Result
 from folkmoot.gateway.batch_translate import Asked, Translation
-from folkmoot.gateway.errors import GatewayError, LostBatch, QueueFull, RequestIdTaken, StoreError
+from folkmoot.gateway.errors import GatewayError, LimitReached, LostBatch, QueueFull, RequestIdTaken, StoreError
+from folkmoot.gateway.limits import NO_LIMITS
 from folkmoot.gateway.pb import batch_input_pb2
 from folkmoot.gateway.queue import Load, ModelRecord, QueueSettings, RequestQueue, Submission
 
@@ -70,7 +71,7 @@ class BatchRun:
     def __init__(self, queue: RequestQueue, batches: BatchStore, lease: BatchLease, default_answer_tokens: int) -> None:
         self._queue, self._batches, self._lease = queue, batches, lease
         self._default_answer_tokens = default_answer_tokens
-        self._total = 0
+        self._total, self._limits = 0, NO_LIMITS
         self._models: Mapping[str, ModelRecord] = {}
         self._asked: dict[str, Asked] = {}  # in the queue, by request id
         self._waiting: deque[Asked] = deque()  # to be submitted before new lines
@@ -87,7 +88,7 @@ class BatchRun:
         try:
             await self._renew()
             batch = await self._batches.get(self._lease.batch_id)
-            self._total = batch.total
+            self._total, self._limits = batch.total, await self._batches.limits(self._lease)
             self._translation = Translation(batch.id, batch.endpoint, batch.tenant, self._default_answer_tokens)
             beat = asyncio.create_task(self._beat())
             if self._status == "validating":
@@ -216,7 +217,7 @@ class BatchRun:
         """Of the models that this batch is under way with."""
         total = Load()
         for model in {one.line.request.model for one in self._asked.values()}:
-            total = plus(total, await self._queue.load(model))
+            total += await self._queue.lane_load(model, "batch")
         return total
 
     async def _next(self, lines: Lines) -> Asked | None:
@@ -234,7 +235,7 @@ class BatchRun:
         return None
 
     async def _submit(self, group: Sequence[Asked]) -> bool:
-        """False where the queue is full: some wait for another time."""
+        """False where the queue is full, or the tenant has what it may: some wait for another time."""
         left_s = max(0.0, self._ends_s - time.monotonic())
         submissions = [
             Submission(
@@ -244,14 +245,16 @@ class BatchRun:
                 cost=one.cost,
                 remaining_s=left_s,
                 grace_s=0.0,
-                queue_timeout_s=left_s,
+                limits=self._limits,
             )
             for one in group
         ]
         answers = await asyncio.gather(*map(self._queue.submit, submissions), return_exceptions=True)
         has_room = True
         for one, answer in zip(group, answers, strict=True):
-            if isinstance(answer, QueueFull):
+            if isinstance(answer, LimitReached) and answer.retry_after_ms is None:
+                self._results.append(self._translation.over_limit(one, answer))
+            elif isinstance(answer, QueueFull | LimitReached):
                 self._waiting.append(one)
                 has_room = False
             elif isinstance(answer, BaseException) and not isinstance(answer, RequestIdTaken):
@@ -294,16 +297,6 @@ class BatchRun:
             some, self._results = self._results[:RESULTS_A_CALL], self._results[RESULTS_A_CALL:]
             await self._batches.write(self._lease, some)
             self._pace.add(some)
-
-
-def plus(a: Load, b: Load) -> Load:
-    """Pure: both together."""
-    return Load(
-        a.waiting_requests + b.waiting_requests,
-        a.waiting_tokens + b.waiting_tokens,
-        a.running_requests + b.running_requests,
-        a.running_tokens + b.running_tokens,
-    )
 
 
 def window(load: Load, least: int, s: QueueSettings) -> int:

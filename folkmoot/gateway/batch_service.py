@@ -14,9 +14,10 @@ from folkmoot.gateway.batch_lines import URLS
 from folkmoot.gateway.batch_store import ENDED, BatchStore, Draft, File
 from folkmoot.gateway.batch_upload import Upload
 from folkmoot.gateway.dead_letters import DeadLetters
-from folkmoot.gateway.errors import GatewayError
+from folkmoot.gateway.errors import GatewayError, OtherTenant, public
 from folkmoot.gateway.pb import batches_pb2 as pb
 from folkmoot.gateway.pb import batches_pb2_grpc
+from folkmoot.gateway.tenancy import caller
 from folkmoot.gateway.validate import Fault, InvalidRequest
 
 BATCH_ID = re.compile(r"[A-Za-z0-9._-]{1,96}")
@@ -44,7 +45,7 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
 
     async def Get(self, request: pb.GetBatchRequest, context: Context) -> pb.Batch:
         """One look."""
-        return await _or_abort(context, lambda: self._batches.get(request.batch_id))
+        return await _or_abort(context, lambda: self._get(request.batch_id))
 
     async def List(self, request: pb.ListBatchesRequest, context: Context) -> pb.ListBatchesResponse:
         """A page."""
@@ -53,8 +54,9 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
             size = _page_size(request.page_size)
             if request.page_token and not request.page_token.isdigit():
                 raise InvalidRequest([("page_token", "must be what the page before gave as next_page_token")])
-            batches, after = await self._batches.page(request.tenant, request.page_token, size)
-            return pb.ListBatchesResponse(batches=batches, next_page_token=after)
+            tenant = caller().tenant or request.tenant
+            batches, after = await self._batches.page(tenant, request.page_token, size)
+            return pb.ListBatchesResponse(batches=map(_shown, batches), next_page_token=after)
 
         return await _or_abort(context, listed)
 
@@ -62,8 +64,8 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
         """Whoever runs it ends it."""
 
         async def cancelled() -> pb.Batch:
-            await self._batches.cancel(request.batch_id)
-            return await self._batches.get(request.batch_id)
+            await self._batches.cancel(caller().scoped(request.batch_id))
+            return await self._get(request.batch_id)
 
         return await _or_abort(context, cancelled)
 
@@ -96,7 +98,9 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
 
         async def replayed() -> pb.ReplayDeadLetterResponse:
             model = await self._letters.model(request.model)
-            return pb.ReplayDeadLetterResponse(request_id=await self._letters.replay(model, request.id))
+            name = f"replay:{request.id}"
+            await self._letters.replay(model, request.id, caller().scoped(name))
+            return pb.ReplayDeadLetterResponse(request_id=name)
 
         return await _or_abort(context, replayed)
 
@@ -106,16 +110,21 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
         first = await anext(aiter(requests), None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidRequest([("header", "must be the first message")])
-        header, settings = first.header, self._batches.settings
+        header, settings, who = first.header, self._batches.settings, caller()
+        if who.tenant and header.tenant not in ("", who.tenant):
+            raise OtherTenant
         if faults := list(_faults(header, settings.max_completion_window_s)):
             raise InvalidRequest(faults)
-        batch_id, upload_id = header.batch_id or f"batch_{secrets.token_hex(12)}", secrets.token_hex(8)
+        header.tenant = who.tenant or header.tenant
+        name, upload_id = header.batch_id or f"batch_{secrets.token_hex(12)}", secrets.token_hex(8)
+        batch_id = who.scoped(name)
         upload = Upload(settings, lambda n, block: self._batches.put_block(batch_id, upload_id, n, block))
         try:
             async for message in requests:
                 if message.WhichOneof("part") not in ("data", "lines"):
                     raise InvalidRequest([("part", "must be data or lines after the header")])
                 await upload.feed(message)
+                who.limits.check_batch(upload.lines)
             draft = Draft(
                 batch_id=batch_id,
                 upload=upload_id if upload.lines else None,
@@ -126,19 +135,23 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
                 metadata=dict(header.metadata),
                 input_bytes=upload.bytes,
                 total=upload.lines,
+                limits=who.limits,
             )
             await self._batches.create(draft)
         except BaseException:
             await self._batches.drop_upload(batch_id, upload_id)
             raise
-        return await self._batches.get(batch_id)
+        return await self._get(name)
+
+    async def _get(self, name: str) -> pb.Batch:
+        return _shown(await self._batches.get(caller().scoped(name)))
 
     async def _lines(self, request: pb.BatchResultsRequest) -> AsyncIterator[bytes]:
         """Lines joined, some at a time."""
-        line, file = request.line, FILES[request.file]
+        line, file, batch_id = request.line, FILES[request.file], caller().scoped(request.batch_id)
         while True:
-            batch = await self._batches.get(request.batch_id)  # before the look, so that nothing comes in between
-            found = await self._batches.results(request.batch_id, file, line)
+            batch = await self._batches.get(batch_id)  # before the look, so that nothing comes in between
+            found = await self._batches.results(batch_id, file, line)
             line += len(found)
             if found:
                 yield b"".join(found)
@@ -164,6 +177,12 @@ def _faults(header: pb.BatchHeader, max_window_s: float) -> Iterator[Fault]:
         if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
             limits = f"{MAX_METADATA_KEY} characters, their values {MAX_METADATA_VALUE}"
             yield f"metadata[{key[:MAX_METADATA_KEY]}]", f"keys must have at most {limits}"
+
+
+def _shown(batch: pb.Batch) -> pb.Batch:
+    """As its tenant knows it."""
+    batch.id = public(batch.id)
+    return batch
 
 
 def _page_size(asked: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from folkmoot.gateway.errors import BatchIdTaken, LostBatch, UnknownBatch
+from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.pb import batch_input_pb2, gateway_pb2
 from folkmoot.gateway.pb import batches_pb2 as pb
 from folkmoot.gateway.store import Store
@@ -60,6 +61,8 @@ class Draft:
     metadata: dict[str, str]
     input_bytes: int
     total: int
+    limits: Limits = NO_LIMITS
+    """of its tenant, when it was created"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class BatchStore:
             "metadata": json.dumps(draft.metadata),
             "input_bytes": draft.input_bytes,
             "total": draft.total,
+            "limits": json.dumps(draft.limits.given()),
         }
         flat = [part for pair in fields.items() for part in pair]
         times = (_ms(draft.window_s), _ms(self.settings.batch_retention_s))
@@ -170,6 +174,11 @@ class BatchStore:
         flat = [part for pair in fields.items() for part in pair]
         answer: bytes = await self._held("batch_move", lease, come_from, to, *flat)
         return answer.decode()
+
+    async def limits(self, lease: BatchLease) -> Limits:
+        """Which its requests have to keep."""
+        found: bytes = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "limits")
+        return Limits(**json.loads(found))
 
     async def outcome(self, lease: BatchLease) -> str:
         """How a batch that is finalizing ends: completed or expired."""

@@ -34,14 +34,14 @@ class DeadLetters:
         letters = [_letter(model, entry.decode(), flat) for entry, flat in found[:size]]
         return letters, letters[-1].id if len(found) > size else ""
 
-    async def replay(self, model: str, entry: str) -> str:
-        """Queue it again; the id of its request, which is the same however often this is tried.
+    async def replay(self, model: str, entry: str, request_id: str) -> None:
+        """Queue it again under an id that must be the same however often this is tried.
 
         Raises UnknownLetter, QueueFull, InvalidRequest.
         """
         if not ENTRY.fullmatch(entry):
             raise InvalidRequest([("id", "must be the id of a dead letter")])
-        key, request_id = self._queue.store.keys.dead(model), f"replay:{entry}"
+        key = self._queue.store.keys.dead(model)
         found = await self._queue.store.command("XRANGE", key, entry, entry)
         if not found:
             raise UnknownLetter(entry)
@@ -58,7 +58,6 @@ class DeadLetters:
             )
         )
         await self._queue.store.command("XDEL", key, entry)
-        return request_id
 
 
 def _fields(flat: list[bytes]) -> dict[str, bytes]:

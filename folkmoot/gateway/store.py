@@ -10,6 +10,7 @@ from typing import Any
 
 import redis.asyncio as aioredis
 from redis import exceptions as rex
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -64,10 +65,21 @@ def _from_reply(message: str) -> errors.StoreError:
     return errors.StoreRefused(f"the request store refused a command: {message}")
 
 
+class StoreUrlError(ValueError):
+    """This is no URL of a store. The message does not show it, since it may hold a password."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the request store's URL cannot be read: redis://, rediss:// or unix://, with special characters of a "
+            "password percent-encoded"
+        )
+
+
 class Store:
     """One store, by URL (redis://, rediss://, unix://; any Redis 7+ or Valkey). Belongs to one event loop."""
 
     def __init__(self, url: str, namespace: str = "folkmoot") -> None:
+        """Raises StoreUrlError."""
         self.keys = Keys(namespace)
         self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
@@ -159,6 +171,10 @@ class Store:
 
 
 def _client(url: str, answer_timeout_s: float | None) -> "aioredis.Redis":
+    try:
+        parse_url(url)
+    except ValueError:
+        raise StoreUrlError from None  # the message of what was raised has parts of the URL
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     client = aioredis.Redis.from_url(
         url,
