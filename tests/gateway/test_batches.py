@@ -11,11 +11,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from folkmoot.gateway.api_keys import KeyStore
 from folkmoot.gateway.batch_client import AsyncBatches
 from folkmoot.gateway.batch_store import BatchLease, BatchSettings, BatchStore, Draft, Result
-from folkmoot.gateway.client import AsyncClient, InvalidRequest, NotFound, RequestIdInUse
+from folkmoot.gateway.client import AsyncClient, InvalidRequest, NotFound, PermissionDenied, RequestIdInUse
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.errors import LostBatch
+from folkmoot.gateway.limits import Limits
 from folkmoot.gateway.pb import batches_pb2 as pb
 from folkmoot.gateway.pb import batches_pb2_grpc, gateway_pb2
 from folkmoot.gateway.queue import Lease, Load, QueueSettings, RequestQueue
@@ -449,3 +451,39 @@ async def test_only_the_newest_lease_writes_and_the_first_result_counts(
     assert await store.results("b", "errors", 0) == [b"four\n"]
     batch = await store.get("b")
     assert (batch.completed, batch.failed) == (1, 1)
+
+
+async def test_tenants_have_batches_and_limits_of_their_own(
+    store_server: EmbeddedStore, namespace: str, stack: AsyncExitStack, queue: RequestQueue, roomy: EchoEngine
+) -> None:
+    address = await start_gateway(stack, store_server.url, namespace, queue=QUICK, shutdown_s=0.0, require_keys=True)
+    keys, clients = KeyStore(queue.store), {}
+    for tenant, limits in (
+        ("alice", Limits(concurrent_requests=5)),
+        ("bob", Limits(batch_lines=3, tokens_per_minute=60)),
+    ):
+        _, key = await keys.create(tenant, ["batch"], limits=limits)
+        clients[tenant] = AsyncBatches(await stack.enter_async_context(AsyncClient(address, api_key=key)))
+    alice, bob = clients["alice"], clients["bob"]
+    with pytest.raises(InvalidRequest):  # more than there may be at all: waiting does not help
+        await bob.create([line(i) for i in range(4)])
+    assert await bob.latest() == []
+    with pytest.raises(PermissionDenied):
+        await bob.create([line(0)], tenant="alice")
+    await alice.create([line(i) for i in range(40)], batch_id="b")
+    await bob.create([line(7), line(8, max_tokens=100)], batch_id="b")  # the same id, another name space
+    assert (await ended(alice, "b")).completed == 40
+    done = await ended(bob, "b")
+    assert (done.id, done.tenant, done.completed, done.failed) == ("b", "bob", 1, 1)
+    assert texts(await rows(alice, "b")) == {f"c{i}": expected(i) for i in range(40)}
+    (answered,), (refused,) = await rows(bob, "b"), await rows(bob, "b", errors=True)
+    assert (answered["custom_id"], answered["response"]["request_id"]) == ("c7", "batch:b:0")
+    assert refused["response"]["status_code"] == 429 and "tokens_per_minute = 60" in json.dumps(refused)
+    assert [one.id for one in await alice.latest()] == ["b"]
+    assert {lease.request.tenant for lease in roomy.leases} == {"alice", "bob"}
+    await alice.create([line(0)], batch_id="mine")
+    for call in (bob.get("mine"), bob.cancel("mine"), anext(bob.results("mine"))):
+        with pytest.raises(NotFound, match="unknown batch 'mine'"):
+            await call
+    with pytest.raises(PermissionDenied):
+        await bob.dead_letters()
