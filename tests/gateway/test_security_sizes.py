@@ -8,11 +8,12 @@ import grpc
 import pytest
 
 from benchmarks.fuzz_cases import PREFACE, frame
-from folkmoot.gateway import server, validate
+from folkmoot.gateway import server, store, validate
 from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.pb import admin_pb2, admin_pb2_grpc, gateway_pb2_grpc
 from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.settings import GatewaySettings
 from tests.gateway.conftest import token_request
 from tests.gateway.echo import MODEL, EchoEngine, answer
@@ -141,3 +142,16 @@ async def test_pings_without_end_are_cut_off(gateway: str, engine: EchoEngine) -
     async with AsyncClient(gateway) as client:
         tokens = [t async for c in client.generate(token_ids=[1], max_tokens=3) for t in c.token_ids]
     assert tokens == answer([1], 3)
+
+
+async def test_a_crowd_does_not_take_all_of_the_stores_connections(queue: RequestQueue) -> None:
+    """The store takes a number of clients in all, engines and other gateways among them."""
+
+    async def clients() -> int:
+        info: bytes = await queue.store.command("INFO", "clients")
+        return int(info.partition(b"connected_clients:")[2].split()[0])
+
+    before = await clients()
+    answers = await asyncio.gather(*(queue.store.command("PING") for _ in range(4 * store.MAX_CONNECTIONS)))
+    assert len(answers) == 4 * store.MAX_CONNECTIONS
+    assert await clients() - before <= store.MAX_CONNECTIONS
