@@ -70,7 +70,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Held:
-    """What the gateway's process has at a moment. Its connections to the store are a pool that only grows, to a bound."""
+    """What the gateway's process has at a moment. Its connections to the store are a pool that never shrinks."""
 
     tasks: int
     fds: int

@@ -24,7 +24,7 @@ OnConnect = Callable[[], Awaitable[None]]
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
-MAX_CONNECTIONS = 256  # commands at once, each on a connection of its own: a server takes 10,000 clients in all
+MAX_CONNECTIONS = 64  # commands at once, each on a connection of its own: a server takes 10,000 clients in all
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
 
 
