@@ -55,6 +55,9 @@ local deadline = now + tonumber(ARGV[4])
 redis.call('HSET', batch_key(id), 'status', 'validating', 'digest', digest, 'created', now, 'deadline', deadline,
            'window', ARGV[4], 'retention', ARGV[5], 'epoch', 0, 'leased_until', 0)
 for i = 6, #ARGV, 2 do redis.call('HSET', batch_key(id), ARGV[i], ARGV[i + 1]) end
+for _, old in ipairs(redis.call('ZRANGE', all_key, 0, 1)) do  -- two for each that comes: what has expired goes
+  if redis.call('EXISTS', batch_key(old)) == 0 then redis.call('ZREM', all_key, old) end
+end
 redis.call('ZADD', all_key, clock[1] .. string.format('%06d', clock[2]), id)
 redis.call('ZADD', open_key, deadline, id)
 return 'ok'

@@ -20,8 +20,10 @@ KEYS = {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
     },
+    "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
 }
 MUST_BE_ZERO = {
+    "batch": ("missing", "doubled", "different"),
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
     "lanes": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
