@@ -62,6 +62,7 @@ class Translation:
         except InvalidRequest as e:
             return self._refused(index, asked.line.custom_id, INVALID_ARGUMENT, openai_error(e))
         request.model, request.lane, request.tenant = model.name, pb.BATCH, self.tenant
+        request.on_disconnect = pb.DETACH  # tells engines that nobody waits for single tokens
         return Asked(index, asked.line, estimate_tokens(request, model, self.default_answer_tokens))
 
     def result(self, asked: Asked, whole: pb.GenerateResponse, now_s: int) -> Result:
