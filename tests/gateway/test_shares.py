@@ -17,6 +17,7 @@ from folkmoot.cluster.status_view import as_document, show
 from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.errors import QueueFull, StoreRefused
+from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.keys import LAYOUT
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Append, Lease, Load, QueueSettings, RequestQueue, Room, Submission
@@ -281,3 +282,14 @@ def test_weights_that_are_none_are_refused_by_name(text: str) -> None:
 
 def test_weights() -> None:
     assert parse_weights("gold=3,a=b=0.5") == {"gold": 3.0, "a=b": 0.5}
+
+
+async def test_an_engine_that_has_more_room_now_asks_again_at_once(queue: RequestQueue) -> None:
+    async with LeaseHolder(queue, "e", MODEL) as holder:
+        await queue.submit(submission("b", "t"))
+        leasing = asyncio.create_task(holder.lease(1, wait_s=3600.0, batch=Room(0)))
+        await asyncio.sleep(0.05)
+        assert not leasing.done()
+        holder.ask_again()
+        assert await leasing == []
+        assert [lease.request_id for lease in await holder.lease(1, batch=Room(1))] == ["b"]
