@@ -293,3 +293,19 @@ async def test_an_engine_that_has_more_room_now_asks_again_at_once(queue: Reques
         holder.ask_again()
         assert await leasing == []
         assert [lease.request_id for lease in await holder.lease(1, batch=Room(1))] == ["b"]
+
+
+async def test_a_request_whose_record_has_expired_is_cleared_away(queue: RequestQueue) -> None:
+    """One waited, one was leased; their records' time to live ran out before anybody looked."""
+    for name in ("leased", "waiting"):
+        await queue.submit(submission(name, name))
+    await queue.lease(MODEL.name, "e", 1)
+    keys, store = queue.store.keys, queue.store
+    (entry,) = await store.command("ZRANGE", keys.leases(MODEL.name, "batch"), 0, 0)
+    await store.command("ZADD", keys.leases(MODEL.name, "batch"), 1, entry)
+    await store.command("DEL", keys.request("leased"), keys.request("waiting"))
+    assert await queue.lease(MODEL.name, "e", 9) == []
+    assert (await queue.load(MODEL.name), await queue.tenant_loads(MODEL.name, "batch")) == (Load(), {})
+    assert await store.command("XLEN", keys.queue(MODEL.name, "batch")) == 0
+    for key in (keys.leases(MODEL.name, "batch"), keys.turns(MODEL.name, "batch"), keys.served(MODEL.name, "batch")):
+        assert not await store.command("EXISTS", key)
