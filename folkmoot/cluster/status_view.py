@@ -18,19 +18,21 @@ def fetch(client: Client) -> dict[str, Any]:
     document: dict[str, Any] = (
         json.loads(answer.json) if answer.json else {"error": "the cluster has not reported lately"}
     )
-    document["models"] = [
-        {
-            "model": m.name,
-            "engines": m.num_engines,
-            "ready_engines": m.num_ready_engines,
-            "max_model_len": m.max_model_len,
-            "waiting_requests": m.load.waiting_requests,
-            "running_requests": m.load.running_requests,
-            "lanes": {pb.Lane.Name(lane.lane).lower(): _lane(lane) for lane in m.lanes},
-        }
-        for m in answer.models
-    ]
+    document["models"] = [as_document(model) for model in answer.models]
     return document
+
+
+def as_document(m: pb.Model) -> dict[str, Any]:
+    """A model and its load."""
+    return {
+        "model": m.name,
+        "engines": m.num_engines,
+        "ready_engines": m.num_ready_engines,
+        "max_model_len": m.max_model_len,
+        "waiting_requests": m.load.waiting_requests,
+        "running_requests": m.load.running_requests,
+        "lanes": {pb.Lane.Name(lane.lane).lower(): _lane(lane) for lane in m.lanes},
+    }
 
 
 def _lane(lane: pb.LaneLoad) -> dict[str, Any]:

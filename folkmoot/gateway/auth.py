@@ -10,6 +10,7 @@ Where keys are not asked for, everybody is let in with all roles: the gateway th
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -37,6 +38,10 @@ WHO_MAY: dict[str, frozenset[str]] = {
 """Any one of these roles, for the method or else for its service. What is not here needs `admin`: folkmoot.v1.Admin,
 reflection, and whatever is added and forgotten here."""
 
+MAX_OPEN_CALLS = 256
+"""Health checks under way at once where keys are asked for: watching is a stream, and anybody may. A tenant has at most
+half of all calls, so that no one holds them all."""
+
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
@@ -52,14 +57,19 @@ class Door(grpc.aio.ServerInterceptor):
     def __init__(self, keys: KeyRing | None, max_calls: int) -> None:
         self._keys = keys
         self._max_calls = max_calls
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
         self._handlers: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """The handler of the call, or one that refuses it."""
         try:
-            self._count()
-            tenancy.set_caller(await self._let_in(details))
+            self._count("all", self._max_calls)
+            who = await self._let_in(details)
+            if not who.roles:
+                self._count("without a key", MAX_OPEN_CALLS)
+            elif who.tenant:
+                self._count(f"tenant {who.tenant}", max(1, self._max_calls // 2))
+            tenancy.set_caller(who)
         except GatewayError as e:
             return _refusing(status.of(e))
         if details.method not in self._handlers:
@@ -69,17 +79,19 @@ class Door(grpc.aio.ServerInterceptor):
             self._handlers[details.method] = malformed.refusing(handler)
         return self._handlers[details.method]
 
-    def _count(self) -> None:
-        """Each call has a task of its own, which is this one, and ends when the call has."""
-        if self._calls >= self._max_calls:
-            raise TooManyCalls(self._max_calls)
+    def _count(self, kind: str, limit: int) -> None:
+        """One more call under way. Each has a task of its own, which is this one, and ends when the call has."""
+        if self._calls[kind] >= limit:
+            raise TooManyCalls(limit)
         task = asyncio.current_task()
         assert task is not None
-        self._calls += 1
-        task.add_done_callback(self._ended)
+        self._calls[kind] += 1
+        task.add_done_callback(lambda _: self._ended(kind))
 
-    def _ended(self, _: "asyncio.Task[Any]") -> None:
-        self._calls -= 1
+    def _ended(self, kind: str) -> None:
+        self._calls[kind] -= 1
+        if not self._calls[kind]:
+            del self._calls[kind]
 
     async def _let_in(self, details: grpc.HandlerCallDetails) -> Caller:
         """Who calls. Raises MissingApiKey, InvalidApiKey, MissingRole, StoreError."""

@@ -147,7 +147,7 @@ class TooManyCalls(GatewayError):
     """This gateway has as many calls under way as it takes; another one, or a moment later, may do."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"this gateway has max_calls = {limit} calls under way; retry later, or at another one")
+        super().__init__(f"this gateway has {limit} calls of this kind under way; retry later, or at another one")
 
 
 class Unauthenticated(GatewayError):

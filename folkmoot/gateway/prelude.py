@@ -125,8 +125,7 @@ local function hand_back(id, r, max_attempts, message)
     bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
     return 'buried'
   end
-  count(r, 'running', -1)
-  count(r, 'waiting', 1)
+  move(r, 'running', 'waiting')
   free(id, r)
   if message == '' then r.attempts = r.attempts - 1 end
   r.state = 'queued'

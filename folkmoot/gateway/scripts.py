@@ -107,11 +107,10 @@ end
 
 local function take(id, r)
   if is_last_attempt(r, max_attempts) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
-  count(r, r.state == 'running' and 'running' or 'waiting', -1)
+  move(r, r.state == 'running' and 'running' or 'waiting', 'running')
   free(id, r)
   if r.epoch == 0 then leave_waiting(r) end
   r.state, r.epoch, r.attempts, r.engine = 'running', r.epoch + 1, r.attempts + 1, engine
-  count(r, 'running', 1)
   rank(r)
   hold(r)
   redis.call('SADD', held_key(engine), id)
@@ -139,7 +138,10 @@ local function consider(found)
       count(found, found.state, -1)
       redis.call('XDEL', queue_key(model, found.lane), found.entry)
     end
-    leave_line(found)
+    for _, epoch in ipairs({0, 1}) do
+      found.epoch = epoch
+      leave_line(found)
+    end
   elseif not over(id, r) then
     if r.attempts >= max_attempts then
       local last = redis.call('HGET', request_key(id), 'error')
@@ -153,17 +155,21 @@ local function consider(found)
   end
 end
 
--- What is next in a lane.
+-- What is next in a lane. What ran out or was handed back has all been seen once it is empty, since `now` stands still.
+local is_empty = {}
 local function next_of(lane)
   local found = {model = model, lane = lane, state = 'waiting', tenant = ''}
-  local idle = redis.call('ZRANGE', lane_key('leases', found), '-inf', now - idle_ms, 'BYSCORE', 'LIMIT', 0, 1,
-                          'WITHSCORES')
-  if idle[1] then
-    found.entry, found.state = idle[1], idle[2] == '0' and 'waiting' or 'running'
-    return found
+  if not is_empty[lane] then
+    local idle = redis.call('ZRANGE', lane_key('leases', found), '-inf', now - idle_ms, 'BYSCORE', 'LIMIT', 0, 1,
+                            'WITHSCORES')
+    if idle[1] then
+      found.entry, found.state = idle[1], idle[2] == '0' and 'waiting' or 'running'
+      return found
+    end
+    found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
+    if found.entry and not on_trial() then return found end
+    is_empty[lane] = true
   end
-  found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
-  if found.entry and not on_trial() then return found end
   found.tenant = redis.call('ZRANGE', lane_key('turns', found), 0, 0)[1]
   found.entry = found.tenant and redis.call('ZRANGE', waiting_key(found), 0, 0)[1]
   return found.entry and found

@@ -29,13 +29,21 @@ local function waiting_key(r)
   return root .. ':waiting:' .. r.lane .. ':' .. #r.model .. ':' .. r.model .. ':' .. r.tenant
 end
 
-local function count(r, state, sign)
+local function count_one(r, state, sign)
   local lane, tenants = lane_key('load', r), lane_key('tenant-load', r)
   for name, amount in pairs({[state .. '_requests'] = sign, [state .. '_tokens'] = sign * r.cost}) do
     redis.call('HINCRBY', lane, name, amount)
     local field = name .. ' ' .. r.tenant
     if redis.call('HINCRBY', tenants, field, amount) == 0 then redis.call('HDEL', tenants, field) end
   end
+end
+local function move(r, from, to)
+  if from == to then return end
+  count_one(r, from, -1)
+  count_one(r, to, 1)
+end
+local function count(r, state, sign)
+  count_one(r, state, sign)
   local owed = redis.call('ZINCRBY', lane_key('tenants', r), sign * r.cost, r.tenant)
   if tonumber(owed) <= 0 then redis.call('ZREM', lane_key('tenants', r), r.tenant) end
 end
@@ -110,9 +118,9 @@ end
 
 -- Out of whatever line it stands in.
 local function leave_line(r)
+  if r.epoch == 0 then return leave_waiting(r) end
   redis.call('ZREM', lane_key('leases', r), r.entry)
   redis.call('ZREM', lane_key('last', r), r.entry)
-  leave_waiting(r)
 end
 
 -- A request that was leased has ended, and took `used` tokens.

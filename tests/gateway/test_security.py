@@ -1,9 +1,10 @@
 """Who may call what: keys, roles, and tenants that cannot see each other. Real gateways, real stores."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
 
-from folkmoot.gateway import api_keys
+from folkmoot.gateway import api_keys, auth
 from folkmoot.gateway.api_keys import ApiKey, Hash, KeyChanged, KeyRing, KeyStore, UnknownKey, with_secret
 from folkmoot.gateway.client import AsyncClient, Busy, NotFound, PermissionDenied, Unauthenticated
 from folkmoot.gateway.embedded import EmbeddedStore
@@ -399,12 +400,60 @@ async def test_calls_under_way_are_bounded(
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.ListModels(pb.ListModelsRequest())
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "max_calls = 3" in (refused.value.details() or "")
+    assert "has 3 calls" in (refused.value.details() or "")
     assert ("retry-after-ms", "1000") in tuple(refused.value.trailing_metadata() or ())
     for call in running:
         call.cancel()
     async with AsyncClient(address, reconnect_s=5.0) as client:
         await until(lambda: _is_served(client))
+
+
+async def test_nobody_holds_all_calls(
+    store_server: EmbeddedStore,
+    namespace: str,
+    stack: AsyncExitStack,
+    keys: KeyStore,
+    engine: EchoEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither who has no key, by watching the health service, nor one tenant."""
+    monkeypatch.setattr(auth, "MAX_OPEN_CALLS", 3)
+    engine.step_s = 0.05
+    settings = {"queue": QUICK, "shutdown_s": 0.0, "require_keys": True, "max_calls": 10}
+    address = await start_gateway(stack, store_server.url, namespace, **settings)
+    channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+    (_, alice), (_, bob) = [await keys.create(tenant, ["generate"]) for tenant in ("alice", "bob")]
+    stub, health = gateway_pb2_grpc.FolkmootStub(channel), health_pb2_grpc.HealthStub(channel)
+
+    watching, why = await _opened(lambda _: health.Watch(health_pb2.HealthCheckRequest()))
+    assert (len(watching), why) == (3, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    running, why = await _opened(lambda i: stub.Generate(token_request(i, max_tokens=200), metadata=bearer(alice)))
+    assert (len(running), why) == (5, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    await stub.ListModels(pb.ListModelsRequest(), metadata=bearer(bob))
+    for call in (*watching, *running):
+        call.cancel()
+    await until(lambda: _may_check(health))
+
+
+async def _opened(begin: Callable[[int], Any]) -> tuple[list[Any], grpc.StatusCode | None]:
+    """Calls, one after the other, until one is refused; and with what status that was."""
+    calls: list[Any] = []
+    while len(calls) < 20:
+        call = begin(len(calls))
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as e:
+            return calls, e.code()
+        calls.append(call)
+    return calls, None
+
+
+async def _may_check(health: health_pb2_grpc.HealthStub) -> bool:
+    try:
+        await health.Check(health_pb2.HealthCheckRequest())
+    except grpc.aio.AioRpcError:
+        return False
+    return True
 
 
 async def _is_served(client: AsyncClient) -> bool:

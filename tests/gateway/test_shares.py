@@ -1,6 +1,7 @@
 """Who is next among tenants: shares by tokens and weights, deadlines within a tenant, and nothing left behind."""
 
 import asyncio
+import io
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,14 +11,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from folkmoot.cluster.status_view import as_document, show
+from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.errors import QueueFull, StoreRefused
+from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.keys import LAYOUT
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Append, Lease, Load, QueueSettings, RequestQueue, Room, Submission
+from folkmoot.gateway.settings import parse_weights
 from folkmoot.gateway.store import Store
-from tests.gateway.conftest import token_request
+from tests.gateway.conftest import token_request, until
 from tests.gateway.echo import MODEL
 
 ENDLESS = QueueSettings(lease_s=3600.0, max_waiting_requests=100_000)
@@ -229,3 +235,77 @@ async def test_a_store_of_a_newer_layout_is_left_alone(queue: RequestQueue) -> N
     with pytest.raises(StoreRefused, match=f"layout {LAYOUT + 1}, this version knows {LAYOUT}"):
         await queue.submit(submission("x", "t"))
     assert await queue.store.command("EXISTS", queue.store.keys.request("x")) == 0
+
+
+async def test_only_interactive_requests_give_up_waiting_for_an_engine(
+    store_server: EmbeddedStore, namespace: str
+) -> None:
+    queue = RequestQueue(Store(store_server.url, namespace), QueueSettings(queue_timeout_s=0.05))
+    await queue.submit(submission("batch", "t"))
+    await queue.submit(submission("interactive", "t", lane=pb.INTERACTIVE))
+
+    async def is_given_up() -> bool:
+        await queue.store.run("attend", "interactive", "batch")
+        return (await queue.status("interactive")).state == pb.DONE
+
+    await until(is_given_up)
+    assert (await queue.status("interactive")).finish.code == 14
+    assert (await queue.status("batch")).state == pb.QUEUED
+    await queue.store.close()
+
+
+async def test_models_show_their_lanes_and_tenants(queue: RequestQueue, gateway: str) -> None:
+    await queue.register("engine-0", MODEL, 60.0)
+    for i in range(12):
+        await queue.submit(submission(f"b{i}", f"tenant-{i}", 10 + i))
+    await queue.submit(submission("i", "team\x1b[31m", 5, pb.INTERACTIVE))
+    await queue.lease(MODEL.name, "e", 1)
+    async with AsyncClient(gateway) as client:
+        (model,) = await client.models()
+    console = Console(record=True, width=120, file=io.StringIO())
+    show(console, {"models": [as_document(model)]})
+    interactive, batch = model.lanes
+    assert (interactive.lane, batch.lane) == (pb.INTERACTIVE, pb.BATCH)
+    assert (interactive.load.running_requests, batch.load.waiting_requests) == (1, 12)
+    assert [one.tenant for one in batch.tenants] == [f"tenant-{i}" for i in range(11, 1, -1)]
+    assert batch.tenants[0].load.waiting_tokens == 21
+    assert (model.load.running_tokens, model.load.waiting_tokens) == (5, sum(range(10, 22)))
+    text = console.export_text()
+    assert "tenant-11" in text and "team\\x1b[31m" in text and "\x1b[31m" not in text
+
+
+@pytest.mark.parametrize("text", ["gold", "gold=", "gold=x", "gold=0", "gold=-1", "gold=inf", "gold=nan"])
+def test_weights_that_are_none_are_refused_by_name(text: str) -> None:
+    with pytest.raises(ValueError, match="gold"):
+        parse_weights(f"silver=2,{text}")
+
+
+def test_weights() -> None:
+    assert parse_weights("gold=3,a=b=0.5") == {"gold": 3.0, "a=b": 0.5}
+
+
+async def test_an_engine_that_has_more_room_now_asks_again_at_once(queue: RequestQueue) -> None:
+    async with LeaseHolder(queue, "e", MODEL) as holder:
+        await queue.submit(submission("b", "t"))
+        leasing = asyncio.create_task(holder.lease(1, wait_s=3600.0, batch=Room(0)))
+        await asyncio.sleep(0.05)
+        assert not leasing.done()
+        holder.ask_again()
+        assert await leasing == []
+        assert [lease.request_id for lease in await holder.lease(1, batch=Room(1))] == ["b"]
+
+
+async def test_a_request_whose_record_has_expired_is_cleared_away(queue: RequestQueue) -> None:
+    """One waited, one was leased; their records' time to live ran out before anybody looked."""
+    for name in ("leased", "waiting"):
+        await queue.submit(submission(name, name))
+    await queue.lease(MODEL.name, "e", 1)
+    keys, store = queue.store.keys, queue.store
+    (entry,) = await store.command("ZRANGE", keys.leases(MODEL.name, "batch"), 0, 0)
+    await store.command("ZADD", keys.leases(MODEL.name, "batch"), 1, entry)
+    await store.command("DEL", keys.request("leased"), keys.request("waiting"))
+    assert await queue.lease(MODEL.name, "e", 9) == []
+    assert (await queue.load(MODEL.name), await queue.tenant_loads(MODEL.name, "batch")) == (Load(), {})
+    assert await store.command("XLEN", keys.queue(MODEL.name, "batch")) == 0
+    for key in (keys.leases(MODEL.name, "batch"), keys.turns(MODEL.name, "batch"), keys.served(MODEL.name, "batch")):
+        assert not await store.command("EXISTS", key)

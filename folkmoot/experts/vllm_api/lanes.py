@@ -11,6 +11,7 @@ room for a request that waits, nor keep a step short. `LaneScheduler` adds, befo
               interactive request is there, since its step can not be cut short (no chunked prefill on a CPU)
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -105,7 +106,7 @@ class _TwoLanes(Scheduler):
                 return
             self.running.remove(victim)
             self.prev_step_scheduled_req_ids.discard(victim.request_id)  # else it might go on in this same step
-            self._preempt_request(victim, first.arrival_time)
+            self._preempt_request(victim, time.monotonic())
 
     def _has_room(self, request: Any) -> bool:
         groups = len(self.kv_cache_config.kv_cache_groups)
