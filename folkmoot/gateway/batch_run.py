@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 LOOK_S = 1.0  # how often requests past their deadline are ended
 SUBMITS_A_CALL = 64
-RESULTS_A_CALL = 256
+RESULTS_A_CALL, RESULT_BYTES_A_CALL = 256, 4 << 20
 MAX_IN_QUEUE = 4096  # lines of one batch
 MAX_AGAIN = 5
 RATE_S = 30.0
@@ -229,8 +229,7 @@ class BatchRun:
             if isinstance(asked, Asked):
                 return asked
             self._results.append(asked)
-            if len(self._results) >= RESULTS_A_CALL:
-                await self._flush()
+            await self._flush_many()
         self._read_all = True
         return None
 
@@ -278,8 +277,7 @@ class BatchRun:
                 self._waiting.append(asked)
             else:
                 await self._take(ids[i], asked, answer)
-            if len(self._results) >= RESULTS_A_CALL:
-                await self._flush()
+            await self._flush_many()
 
     async def _take(self, request_id: str, asked: Asked, answer: Answer) -> None:
         whole = joined(answer)
@@ -290,6 +288,12 @@ class BatchRun:
             self._waiting.append(asked)
             return
         self._results.append(self._translation.result(asked, whole, int(time.time())))
+
+    async def _flush_many(self) -> None:
+        """Not too often, and never with more than fits into memory."""
+        size = sum(len(one.text) for one in self._results)
+        if len(self._results) >= RESULTS_A_CALL or size >= RESULT_BYTES_A_CALL:
+            await self._flush()
 
     async def _flush(self) -> None:
         """Results into the store."""
