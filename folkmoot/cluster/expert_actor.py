@@ -176,6 +176,7 @@ class ExpertActor:
     def _ended(self, process: _Process, reason: str) -> None:
         """On the event loop: whoever waits hears of it."""
         self._processes.pop(process.forked.incarnation)
+        process.child.close()
         self._socket(process.forked.host, process.forked.incarnation).unlink(missing_ok=True)
         if not process.ready.done():
             process.ready.set_exception(ExpertHostError(reason))

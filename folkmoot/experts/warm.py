@@ -135,6 +135,13 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, sig)
 
+    def close(self) -> None:
+        """Close the control channel, which ends the child, and forget the process: it counts as ended from now on."""
+        self.control.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
 
 class WarmParent:
     """A client of a running warm parent; cheap, holds no connection."""
