@@ -80,6 +80,12 @@ def _sampling(command: F) -> F:
     "a host that is started again finds its experts there  [default: on a CPU]",
 )
 @click.option(
+    "--templates/--no-templates",
+    default=UpOptions.templates,
+    help="keep a process for each expert host that has loaded its experts, so that its next life is forked from that "
+    "within milliseconds; without shared weights it holds a copy of them  [default: where weights are shared]",
+)
+@click.option(
     "--placement",
     type=click.Choice(["spread", "pack"]),
     default=UpOptions.placement,

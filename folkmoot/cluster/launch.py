@@ -63,6 +63,8 @@ class UpOptions:
     """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""
     share_weights: bool | None = None
     """None: on a CPU"""
+    templates: bool | None = None
+    """None: where weights are shared"""
     placement: str = "spread"
     listen: str = "127.0.0.1:50051"
     redis: str | None = None
@@ -213,6 +215,7 @@ class Supervisor:
             hosts=hosts,
             replicas=replicas,
             share_weights=shares_weights(options),
+            templates=shares_weights(options) if options.templates is None else options.templates,
             several_nodes=options.address is not None,
             background_workers=self._background_workers(shape),
             host_cpus=options.cpus_per_host,

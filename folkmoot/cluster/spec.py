@@ -44,6 +44,9 @@ class ClusterSpec:
     combine: str = "rows"
     share_weights: bool = False
     """keep experts once a node, in memory that its hosts share (folkmoot.experts.weights)"""
+    templates: bool = False
+    """keep a process for each expert host that has loaded its experts, to fork its next life from
+    (folkmoot.cluster.host_template)"""
     stall_s: float = 1.0
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
     no_replica_timeout_s: float = 60.0

@@ -19,10 +19,12 @@ KEYS = {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
     },
+    "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
 }
 MUST_BE_ZERO = {
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
+    "chaos": ("violations", "leaks"),
 }
 """These hold on any machine, however busy."""
 
@@ -41,5 +43,7 @@ def test_quick_preset(name: str, tmp_path: Path) -> None:
     for key in KEYS[name]:
         assert figures[key] >= 0
     assert {key: figures[key] for key in MUST_BE_ZERO.get(name, ())} == dict.fromkeys(MUST_BE_ZERO.get(name, ()), 0)
+    if name == "chaos":
+        assert figures["faults"] == figures["faults_planned"] and figures["requests"] > figures["faults"]
     if name == "exactness":
         assert figures["max_abs_dlogprob_vs_vllm_fp32"] <= 1e-6
