@@ -53,6 +53,16 @@ def _sampling(command: F) -> F:
     return command
 
 
+def _checked_weights(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from folkmoot.gateway.settings import parse_weights
+
+    try:
+        parse_weights(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
+    return text
+
+
 @main.command()
 @click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
 @click.option("--engines", type=click.IntRange(1), default=UpOptions.engines, show_default=True, help="vLLM engines")
@@ -112,6 +122,32 @@ def _sampling(command: F) -> F:
     default=UpOptions.max_num_seqs,
     show_default=True,
     help="requests an engine runs at once",
+)
+@click.option(
+    "--max-batch-seqs",
+    type=click.IntRange(1),
+    help="of them batch requests  [default: three quarters of --max-num-seqs]",
+)
+@click.option(
+    "--batch-rows",
+    type=click.IntRange(0),
+    default=UpOptions.batch_rows,
+    show_default=True,
+    help="batch requests that take part in a step beside interactive ones; the others wait, and keep their memory",
+)
+@click.option(
+    "--batch-prompt-tokens",
+    type=click.IntRange(1),
+    default=UpOptions.batch_prompt_tokens,
+    show_default=True,
+    help="tokens of batch prompts that begin in one step",
+)
+@click.option(
+    "--tenant-weights",
+    metavar="NAME=WEIGHT,...",
+    default=UpOptions.tenant_weights,
+    callback=_checked_weights,
+    help="shares of each lane, by tokens; 1 for who is not named",
 )
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")

@@ -38,6 +38,7 @@ GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -73,8 +74,14 @@ class UpOptions:
     """address of a running Ray cluster; None: a local one"""
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_batch_seqs: int | None = None
+    """of them batch requests; None: three quarters"""
+    batch_rows: int = ClusterSpec.batch_rows
+    batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
     device: str = "cpu"
+    tenant_weights: str = ""
+    """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
     kv_cache_gib: float = 1.0
     seed: int = 0
     transport: str = "auto"
@@ -233,6 +240,8 @@ class Supervisor:
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
+        if self.options.tenant_weights:
+            command += ["--tenant-weights", self.options.tenant_weights]
         spec.log("gateway").unlink(missing_ok=True)
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 

@@ -38,6 +38,12 @@ class ClusterSpec:
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_batch_seqs: int | None = None
+    """of them batch requests; None: three quarters"""
+    batch_rows: int = 1
+    """batch requests that take part in an engine's step beside interactive ones"""
+    batch_prompt_tokens: int = 256
+    """tokens of batch prompts that begin in one step"""
     seed: int = 0
     kv_cache_gib: float = 1.0
     transport: str = "auto"

@@ -15,12 +15,13 @@ import asyncio
 import logging
 import os
 import signal
+from typing import Any
 
 from pydantic import ValidationError
 
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
-from folkmoot.gateway.settings import GatewaySettings
+from folkmoot.gateway.settings import GatewaySettings, parse_weights
 
 HELP = {
     "listen": "address to serve on; port 0 takes a free one",
@@ -37,8 +38,9 @@ HELP = {
     "retention_s": "how long a finished answer can be read again",
     "max_waiting_requests": "queue limit per model and lane",
     "max_waiting_tokens": "queue limit per model and lane, in estimated tokens",
-    "queue_timeout_s": "a request that no engine took ends after so long",
+    "queue_timeout_s": "an interactive request that no engine took ends after so long",
     "retry_after_ms": "the hint that goes with a refusal",
+    "tenant_weights": "shares of each lane, as NAME=WEIGHT,...; 1 for who is not named (alike in all gateways)",
 }
 
 
@@ -78,9 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(to: "argparse.ArgumentParser | argparse._ArgumentGroup", name: str, default: str | int | float) -> None:
-    text = f"{HELP[name]} (default: {default})"
-    to.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar=name.upper(), help=text)
+def _add(to: "argparse.ArgumentParser | argparse._ArgumentGroup", name: str, default: Any) -> None:
+    text = HELP[name] if default == {} else f"{HELP[name]} (default: {default})"
+    kind = parse_weights if default == {} else type(default)
+    to.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=name.upper(), help=text)
 
 
 if __name__ == "__main__":

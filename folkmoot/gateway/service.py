@@ -12,6 +12,7 @@ import grpc
 from folkmoot.gateway import status
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, StoreError, UnknownRequest
 from folkmoot.gateway.journal import JournalReader, Stream
+from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
@@ -199,7 +200,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         ready = list((await ready_engines(self._queue)).values())
         models = []
         for name, record in sorted((await self._queue.models()).items()):
-            load = await self._queue.load(name)
+            lanes = await lane_loads(self._queue, name)
             models.append(
                 pb.Model(
                     name=name,
@@ -208,12 +209,8 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                     max_logprobs=record.max_logprobs,
                     num_engines=engines.count(name),
                     num_ready_engines=ready.count(name),
-                    load=pb.QueueLoad(
-                        waiting_requests=load.waiting_requests,
-                        waiting_tokens=load.waiting_tokens,
-                        running_requests=load.running_requests,
-                        running_tokens=load.running_tokens,
-                    ),
+                    load=total(lanes),
+                    lanes=lanes,
                 )
             )
         return models

@@ -1,5 +1,6 @@
 """What a gateway can be told. Unknown names and values that do not parse stop the start."""
 
+import math
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,3 +25,17 @@ class GatewaySettings(BaseModel):
     default_answer_tokens: Annotated[int, Field(ge=1)] = 512  # admission's estimate where max_tokens is not given
     accept_after_s: Positive = 0.05  # the first message goes out after so long even if there is no token yet
     shutdown_s: Annotated[float, Field(ge=0)] = 20.0  # on SIGTERM streams may finish for so long
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """NAME=WEIGHT,... as a mapping. Raises ValueError for a weight that is not a finite number above 0."""
+    weights = {}
+    for part in filter(None, text.split(",")):
+        name, _, weight = part.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"expected NAME=WEIGHT, got {part!r}") from None
+        if not 0 < weights[name] < math.inf:
+            raise ValueError(f"the weight of {name!r} must be a finite number above 0, is {weight}")
+    return weights

@@ -151,6 +151,21 @@ def test_a_compiled_engine_calls_its_dispatcher_at_every_step(runs: Runs, folder
     assert seen["one"]["tokens"] == expected["tokens"]  # their graphs differ, so the last bits of logits may
 
 
+@pytest.mark.parametrize(
+    ("batch_rows", "limits", "preempts"),
+    [(1, {"max_num_seqs": 8}, False), (0, {"max_num_seqs": 4}, True), (2, {"num_gpu_blocks_override": 5}, True)],
+    ids=["room for all", "no slot", "no memory"],
+)
+def test_batch_requests_step_back_at_once_and_end_as_if_they_had_not(
+    runs: Runs, folders: Path, batch_rows: int, limits: dict[str, int], preempts: bool
+) -> None:
+    seen = runs.ask("two_lanes", checkpoint=str(folders / "mixtral"), batch_rows=batch_rows, **limits)
+    assert seen["mixed"] == seen["alone"]
+    assert all("interactive" in step for step in seen["steps"])  # the first has its prompt and its first token
+    assert {len(step) - 1 for step in seen["steps"]} == {batch_rows}
+    assert bool(seen["preempted"]) == preempts
+
+
 def test_the_engine_reads_no_routed_expert_from_disk(runs: Runs, folders: Path) -> None:
     """Loaders get their tensors without data; that the file's pages stay untouched follows from lazy reading."""
     seen = runs.ask("engine_ignores_expert_bytes", checkpoint=str(folders / "mixtral"))

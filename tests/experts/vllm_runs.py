@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from folkmoot.cluster import replay
 from folkmoot.experts import vllm_api
 
 PROMPTS = (
@@ -104,6 +105,55 @@ def hosted(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> d
         results[name] = generate(llm, num_tokens)
         results[f"{name}_calls"] = dispatcher.calls
     return results
+
+
+def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]:
+    """Four batch requests, and in the middle an interactive one. Tokens of each, alone and so; who got one in each step
+    while the interactive one was there; and who was preempted. `limits`: vLLM's slots and blocks."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = EngineArgs(
+        checkpoint, dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 26, seed=0,
+        enable_prefix_caching=False, enable_chunked_prefill=False, logits_processors=[replay.PROCESSOR], **limits,
+    )  # fmt: skip
+    config = arguments.create_engine_config()
+    vllm_api.use_two_lanes(config, vllm_api.Lanes(batch_rows, 64))
+    engine = LLMEngine.from_vllm_config(config)
+    scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+    seen: dict[str, list[int]] = {}
+
+    def add(name: str, number: int, priority: int, **how: Any) -> None:
+        sampling = SamplingParams(max_tokens=24, ignore_eos=True, **how)
+        engine.add_request(name, PROMPTS[number], sampling, priority=priority)
+
+    def step() -> list[str]:
+        outputs = {o.request_id: list(o.outputs[0].token_ids) for o in engine.step()}
+        grown = [name for name, tokens in outputs.items() if len(tokens) > len(seen.get(name, ()))]
+        seen.update(outputs)
+        return grown
+
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}] * 2 + [{"temperature": 1.0, "seed": i} for i in range(2)]
+    for i, how in enumerate([*ways, {"temperature": 0.0}]):
+        add(f"alone-{i}", i, 0, **how)
+        while engine.has_unfinished_requests():
+            step()
+    ways[1] = {**ways[1], "extra_args": {replay.FORCED: seen["alone-1"][:12]}}
+    for i, how in enumerate(ways):
+        add(f"batch-{i}", i, 1, **how)
+    for _ in range(6):
+        step()
+    add("interactive", 4, 0, temperature=0.0)
+    steps = [step()]
+    preempted = [r.request_id for r in scheduler.requests.values() if r.num_preemptions]
+    while len(seen["interactive"]) < 24:
+        steps.append(step())
+    while engine.has_unfinished_requests():
+        step()
+    mixed = [seen[f"batch-{i}"] for i in range(4)] + [seen["interactive"]]
+    return {"alone": [seen[f"alone-{i}"] for i in range(5)], "mixed": mixed, "steps": steps, "preempted": preempted}
 
 
 def engine_parameters(llm: Any) -> dict[str, int]:
