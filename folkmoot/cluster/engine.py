@@ -92,7 +92,8 @@ class Engine:
         """The fields of `engine_process.EngineSpec`."""
         spec = self._spec
         feed = str(Path(spec.run_dir) / f"{self._engine}.feed") if spec.moe_layers else None
-        return {"engine": self._engine, "feed": feed, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
+        told = {"engine": self._engine, "feed": feed, "secret_file": str(spec.secret_file)}
+        return {**told, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
 
     def _watch(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: hand the process's messages to the event loop until it dies."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ BATCH_SHARE = 3
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 SHARED_WITH_DISPATCHER = (
-    *("engine", "feed", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
+    *("engine", "feed", "secret_file", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
 )
 
 
@@ -53,9 +53,10 @@ class EngineSpec:
     model_path: str
     model: str
     architecture: str
-    redis: str
+    redis: str = field(repr=False)
     store_namespace: str
     feed: str | None
+    secret_file: str
     dtype: str
     device: str
     max_model_len: int | None

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +25,7 @@ from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.settings import OPEN_WITHOUT_KEYS, is_local
 from folkmoot.gateway.store import Store
 
 if TYPE_CHECKING:
@@ -68,7 +69,14 @@ class UpOptions:
     """None: where weights are shared"""
     placement: str = "spread"
     listen: str = "127.0.0.1:50051"
-    redis: str | None = None
+    require_keys: bool = False
+    """ask for an API key with every call"""
+    insecure: bool = False
+    """listen on an open address without keys all the same"""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    redis: str | None = field(default=None, repr=False)
     """URL of a request store; None: an embedded one"""
     address: str | None = None
     """address of a running Ray cluster; None: a local one"""
@@ -122,6 +130,7 @@ class Supervisor:
             return self._start()
 
     def _start(self) -> ClusterState:
+        check_guarded(self.options)
         self.folder.acquire()
         self._acquired = True
         processes.adopt_orphans()
@@ -144,6 +153,7 @@ class Supervisor:
             phase="ready",
             message="",
             gateway=self._gateway_address,
+            tls=self.options.tls_cert is not None,
             model=self.spec.model,
             ray_address=ray_address,
             run_dir=str(self._run_dir),
@@ -204,7 +214,8 @@ class Supervisor:
         alone = self.options.address is None  # then a unix socket is enough
         self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
         self._store.start()
-        asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
+        asyncio.run(_forget_models(self._store.url, store_namespace(self.options.name)))
+        self._update(store=self._store.url)
         return self._store.url if alone else self._store.tcp_url
 
     def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, replicas: int, redis: str) -> ClusterSpec:
@@ -216,7 +227,7 @@ class Supervisor:
             moe_layers=shape.moe_layers,
             num_experts=shape.num_experts,
             redis=redis,
-            store_namespace=_namespace(options),
+            store_namespace=store_namespace(options.name),
             run_dir=str(self._run_dir),
             log_dir=str(self.folder.logs),
             hosts=hosts,
@@ -242,6 +253,7 @@ class Supervisor:
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
         if self.options.tenant_weights:
             command += ["--tenant-weights", self.options.tenant_weights]
+        command += _guards(self.options)
         spec.log("gateway").unlink(missing_ok=True)
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 
@@ -352,8 +364,23 @@ def _leave(failure: str | None) -> NoReturn:
     os._exit(1 if failure else 0)
 
 
-def _namespace(options: UpOptions) -> str:
-    return "folkmoot" if options.name == "default" else f"folkmoot-{options.name}"
+def store_namespace(name: str) -> str:
+    """Prefix of the keys in the request store of the cluster of this name."""
+    return "folkmoot" if name == "default" else f"folkmoot-{name}"
+
+
+def check_guarded(options: UpOptions) -> None:
+    """Raises StartError where strangers could call: the gateway would not start either, but later."""
+    is_guarded = options.require_keys or options.tls_client_ca is not None
+    if not (is_local(options.listen) or is_guarded or options.insecure):
+        raise StartError(f"--listen {options.listen}: {OPEN_WITHOUT_KEYS}")
+
+
+def _guards(options: UpOptions) -> list[str]:
+    """The gateway's options that say whom it lets in."""
+    switches = [f"--{name.replace('_', '-')}" for name in ("require_keys", "insecure") if getattr(options, name)]
+    files = {"--tls-cert": options.tls_cert, "--tls-key": options.tls_key, "--tls-client-ca": options.tls_client_ca}
+    return switches + [word for name, path in files.items() if path is not None for word in (name, str(path))]
 
 
 async def _forget_models(url: str, namespace: str) -> None:

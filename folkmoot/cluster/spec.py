@@ -1,7 +1,9 @@
 """What `folkmoot up` decides once, and hands to every actor as it is. Light: imported by all of them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from folkmoot.experts import secret
 
 ROUTER = "ExpertRouter"
 """Name of the expert router's Ray actor, in the cluster's namespace."""
@@ -23,12 +25,14 @@ class ClusterSpec:
     architecture: str
     moe_layers: tuple[int, ...]
     num_experts: int
-    redis: str
-    """URL of the request store"""
+    redis: str = field(repr=False)
+    """URL of the request store; may hold a password"""
     store_namespace: str
     run_dir: str
     """unix sockets: a short path, since theirs may not exceed 107 bytes; made on each node, mode 0700"""
     log_dir: str
+    secret: str = field(default_factory=secret.new, repr=False)
+    """what engines and expert hosts prove to each other; Ray alone carries it, and each node keeps it in a file"""
     engines: int = 1
     hosts: int = 2
     replicas: int = 1
@@ -91,13 +95,14 @@ class ClusterSpec:
         """Where a node's warm parent writes."""
         return Path(self.log_dir) / "warm.log"
 
+    @property
+    def secret_file(self) -> Path:
+        """Where a node keeps the secret."""
+        return Path(self.run_dir) / "secret"
+
     def log(self, part: str) -> Path:
         """The log file of one process."""
         return Path(self.log_dir) / f"{part}.log"
-
-    def as_dict(self) -> dict[str, object]:
-        """As JSON data."""
-        return asdict(self)
 
 
 def group_name(spec: ClusterSpec, group: int) -> str:

@@ -133,6 +133,15 @@ class Keys:
         """String, with a TTL from its end on: one of those changes, and what has become of it."""
         return f"{self.root}:operation:{request_id}"
 
+    def use(self, tenant: str) -> str:
+        """Hash, until they have passed: when what a tenant has used of its minutes is paid off (access_scripts.py)."""
+        return f"{self.root}:use:{tenant}"
+
+    @property
+    def api_keys(self) -> str:
+        """Hash: id of an API key -> its record as JSON, with hashes of its secrets."""
+        return f"{self.root}:api-keys"
+
     def work(self, model: str) -> str:
         """Channel: something to lease has come."""
         return f"{self.root}:work:{model}"

@@ -1,10 +1,11 @@
 """What the queue's scripts (scripts.py) have in common, in Lua: keys, the journal, and how a request ends."""
 
+from folkmoot.gateway.access_scripts import LIMITS
 from folkmoot.gateway.layout import CHECK_LAYOUT
 from folkmoot.gateway.shares import SHARES
 
 # Request hash: model lane tenant body digest cost answer weight state epoch attempts engine entry next submitted
-#               deadline queue_deadline grace attended retention watchers error
+#               deadline queue_deadline grace attended retention watchers error token_ms
 PRELUDE = (
     """
 local root = KEYS[1]
@@ -18,6 +19,7 @@ local function queue_key(model, lane) return root .. ':queue:' .. model .. ':' .
 
 """
     + SHARES
+    + LIMITS
     + """
 -- Protobuf framing of internal.Batch, Event, and GenerateResponse with offset and finish: see proto/folkmoot/v1.
 local function varint(n)
@@ -54,9 +56,9 @@ local function flush()
 end
 
 local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'weight', 'state', 'epoch', 'attempts', 'engine', 'entry',
-                'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
+                'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers', 'token_ms'}
 local NUMBERS = {'cost', 'answer', 'weight', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace',
-                 'attended', 'retention'}
+                 'attended', 'retention', 'token_ms'}
 local function read(id)
   local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
   if not values[1] then return nil end
@@ -79,7 +81,9 @@ local function close(id, r, offset, payload, by, used)
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   leave_line(r)
   free(id, r)
-  if r.epoch > 0 then settle(r, used or (r.answer > 0 and r.cost - r.answer + offset or r.cost)) end
+  used = used or (r.answer > 0 and r.cost - r.answer + offset or r.cost)
+  if r.epoch > 0 then settle(r, used) end
+  settle_minutes(r, used)
   rank(r)
   redis.call('XDEL', queue_key(r.model, r.lane), r.entry)
   if r.state == 'running' and by == 0 then

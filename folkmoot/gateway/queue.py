@@ -14,8 +14,9 @@ from enum import StrEnum
 from typing import Any
 
 from folkmoot.gateway.batching import Batcher
-from folkmoot.gateway.errors import QueueFull, RequestIdTaken, UnknownRequest
+from folkmoot.gateway.errors import LimitReached, QueueFull, RequestIdTaken, UnknownRequest
 from folkmoot.gateway.keys import LANES, Lane
+from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.store import Store
 
@@ -52,6 +53,7 @@ class Submission:
     remaining_s: float  # until its deadline
     grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
     gateway: str = ""  # whom to push its journal to
+    limits: Limits = NO_LIMITS  # of the request's tenant
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,15 @@ class RequestQueue:
     async def submit(self, submission: Submission) -> bool:
         """Queue a request; concurrent calls share a round trip. False where this id was already submitted.
 
-        Raises QueueFull, RequestIdTaken (same id, other content), StoreError.
+        Raises QueueFull, LimitReached, RequestIdTaken (same id, other content), StoreError.
         """
         answer = await self._submissions(submission)
         if answer in (b"ok", b"same"):
             return answer == b"ok"
         if answer == b"taken":
             raise RequestIdTaken(submission.request_id)
+        if answer.startswith(b"limit:"):
+            raise self._limit_reached(submission, answer)
         s = self.settings
         limit, value = (
             ("max_waiting_requests", s.max_waiting_requests)
@@ -157,6 +161,11 @@ class RequestQueue:
             else ("max_waiting_tokens", s.max_waiting_tokens)
         )
         raise QueueFull(limit, value, s.retry_after_ms)
+
+    def _limit_reached(self, submission: Submission, answer: bytes) -> LimitReached:
+        _, name, wait = answer.decode().split(":")
+        retry_after_ms = None if wait == "-1" else int(wait) or self.settings.retry_after_ms
+        return LimitReached(name, getattr(submission.limits, name), retry_after_ms, submission.cost)
 
     async def _submit_many(self, submissions: Sequence[Submission]) -> list[bytes]:
         s = self.settings
@@ -179,6 +188,7 @@ class RequestQueue:
                 _ms(s.retention_s),
                 s.max_waiting_requests,
                 s.max_waiting_tokens,
+                one.limits.packed,
             )
         answers: list[bytes] = await self.store.run("submit", *args)
         return answers

@@ -12,9 +12,11 @@ Who is next is said in shares.py. Times are the store's clock in Unix millisecon
 begin with (keys.py).
 """
 
+from folkmoot.gateway.access_scripts import SWAP_KEY
 from folkmoot.gateway.prelude import PRELUDE
 
-# ARGV: gateway, then 15 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
+# ARGV: gateway, then 16 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
+# limit:NAME:MS (over_limits).
 SUBMIT = (
     PRELUDE
     + """
@@ -38,10 +40,11 @@ local function is_full(r, max_requests, max_tokens)
   end
 end
 
-for i = 2, #ARGV, 15 do
+for i = 2, #ARGV, 16 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
   local cost, answer, weight, remaining, queueing, grace, retention = unpack(ARGV, i + 6, i + 12)
   local max_requests, max_tokens = tonumber(ARGV[i + 13]), tonumber(ARGV[i + 14])
+  local limits = ARGV[i + 15]
   local key = request_key(id)
   local known = redis.call('HMGET', key, 'digest', 'watchers')
   if known[1] then
@@ -55,7 +58,7 @@ for i = 2, #ARGV, 15 do
   else
     local r = {model = model, lane = lane, tenant = tenant, cost = tonumber(cost), weight = tonumber(weight),
                deadline = now + remaining}
-    local full = is_full(r, max_requests, max_tokens)
+    local full = over_limits(r, limits, max_requests) or is_full(r, max_requests, max_tokens)
     if full then
       out[#out + 1] = full
     else
@@ -64,7 +67,8 @@ for i = 2, #ARGV, 15 do
                  'cost', cost, 'answer', answer, 'weight', weight, 'state', 'queued', 'epoch', 0, 'attempts', 0,
                  'engine', '', 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
                  'queue_deadline', lane == 'batch' and r.deadline or now + queueing, 'grace', grace,
-                 'attended', now + grace, 'retention', retention, 'watchers', gateway)
+                 'attended', now + grace, 'retention', retention, 'watchers', gateway,
+                 'token_ms', charge_minutes(r, limits))
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
       line_up(r)
@@ -382,4 +386,5 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
+    "swap_key": SWAP_KEY,
 }
