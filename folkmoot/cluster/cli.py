@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, cli_keys, interrupts
+from folkmoot.cluster import cli_admin, cli_batch, cli_keys, interrupts
 from folkmoot.cluster.cli_common import (
     F,
     Failure,
@@ -45,11 +45,12 @@ def main() -> None:
       folkmoot chat                         talk to it (in another terminal)
       folkmoot status                       what runs where, and how loaded it is
       folkmoot scale hosts 4                change it while it runs; also: replicas, engines
+      folkmoot batch submit prompts.jsonl --wait     run a file of prompts
       folkmoot keys create --help           let others in, each with a key
     """
 
 
-for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_keys.keys):
+for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_batch.batch, cli_keys.keys):
     main.add_command(command)
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 REASONS = {"stop": pb.STOP, "length": pb.LENGTH, "repetition": pb.STOP, "abort": pb.CANCELLED, "error": pb.ERROR}
 INTERNAL, DEADLINE_EXCEEDED, ABORTED = 13, 4, 10
 STORE_PAUSE_S = 0.5
+UNSEEN_PIECE = 32  # tokens in a journal entry where nobody waits for each (a line of a batch): entries cost time
 RESET_PAUSE_S = 0.05
 
 
@@ -171,23 +172,24 @@ class Generator:
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         await self._is_sound.wait()
-        done, held_back = lease.offset, ""
+        done, held = lease.offset, pb.GenerateResponse()
+        least = UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH else 1  # a journal entry needs a token
         request_id = f"{lease.request_id}/{lease.epoch}"
         priority = int(lease.is_batch)  # vLLM takes the lower first
         async for output in self._llm.generate(prepared.prompt, prepared.params, request_id, priority=priority):
-            piece = _piece(output, prepared.num_prompt, is_first=not done)
+            piece = _piece(output, prepared.num_prompt, is_first=not (done or held.prompt_logprobs))
             prepared.repetition.cut(piece)
-            piece.text = held_back + piece.text
-            if not piece.token_ids and not piece.HasField("finish"):
-                held_back = piece.text  # a journal entry needs a token
-                continue
-            held_back = ""
             done += len(piece.token_ids)
-            if piece.HasField("finish"):
-                piece.usage.completion_tokens = done
             self.counters.generated_tokens += len(piece.token_ids)
-            if not holder.write(lease, piece):
+            piece.text = held.text + piece.text
+            held.MergeFrom(piece)
+            if len(held.token_ids) < least and not held.HasField("finish"):
+                continue
+            if held.HasField("finish"):
+                held.usage.completion_tokens = done
+            if not holder.write(lease, held):
                 return
+            held = pb.GenerateResponse()
 
 
 def _piece(output: RequestOutput, num_prompt: int, *, is_first: bool) -> pb.GenerateResponse:

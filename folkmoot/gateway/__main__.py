@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from folkmoot.gateway.batch_store import BatchSettings
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings, parse_weights
@@ -52,6 +53,13 @@ HELP = {
     "max_waiting_tokens": "queue limit per model and lane, in estimated tokens",
     "queue_timeout_s": "an interactive request that no engine took ends after so long",
     "retry_after_ms": "the hint that goes with a refusal",
+    "max_batch_lines": "most lines of a batch",
+    "max_batch_bytes": "largest file of a batch",
+    "max_line_bytes": "a longer line of a batch goes to its error file",
+    "max_completion_window_s": "the longest completion window of a batch",
+    "batch_retention_s": "how long a batch and its results are kept after its end",
+    "batch_window_tokens": "estimated tokens of a batch in the queue at once, or twice what runs where that is more",
+    "max_running_batches": "batches that this gateway runs at once",
     "tenant_weights": "shares of each lane, as NAME=WEIGHT,...; 1 for who is not named (alike in all gateways)",
 }
 
@@ -64,8 +72,9 @@ def main() -> None:
     if "redis" not in options and "FOLKMOOT_REDIS" in os.environ:
         options["redis"] = os.environ["FOLKMOOT_REDIS"]
     queue = {name: options.pop(name) for name in list(options) if name in QueueSettings.__dataclass_fields__}
+    batches = {name: options.pop(name) for name in list(options) if name in BatchSettings.__dataclass_fields__}
     try:
-        settings = GatewaySettings(**options, queue=QueueSettings(**queue))
+        settings = GatewaySettings(**options, queue=QueueSettings(**queue), batches=BatchSettings(**batches))
     except ValidationError as e:
         parser.error("; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in e.errors()))
     asyncio.run(_run(settings))
@@ -89,11 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     defaults = GatewaySettings()
     for name in GatewaySettings.model_fields:
-        if name != "queue":
+        if name not in ("queue", "batches"):
             _add(parser, name, getattr(defaults, name))
     group = parser.add_argument_group("queue")
     for name in QueueSettings.__dataclass_fields__:
         _add(group, name, getattr(defaults.queue, name))
+    group = parser.add_argument_group("batches")
+    for name in BatchSettings.__dataclass_fields__:
+        _add(group, name, getattr(defaults.batches, name))
     return parser
 
 

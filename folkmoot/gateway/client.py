@@ -239,11 +239,14 @@ class AsyncClient:
             await self.cancel(request_id)
 
     def _stub(self) -> gateway_pb2_grpc.FolkmootStub:
+        return gateway_pb2_grpc.FolkmootStub(self._channel())  # type: ignore[no-untyped-call]
+
+    def _channel(self) -> grpc.aio.Channel:
         address = self._addresses[self._at]
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = self._options.aio_channel(address, CHANNEL_OPTIONS)
-        return gateway_pb2_grpc.FolkmootStub(channel)  # type: ignore[no-untyped-call]
+        return channel
 
     async def _try_elsewhere(self, error: Unavailable, patience: "_Patience", ends_s: float) -> None:
         """Wait a moment, and turn to the next address. Raises `error` where patience, or the time, is over."""
@@ -324,10 +327,10 @@ class Client:
             future.cancel()
             raise
 
-    def _iterate(self, start: Callable[[], AsyncIterator[Chunk]]) -> Iterator[Chunk]:
+    def _iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
         chunks = start()
 
-        async def step() -> Chunk | None:
+        async def step() -> T | None:
             return await anext(chunks, None)
 
         async def leave() -> None:

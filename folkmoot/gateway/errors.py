@@ -13,6 +13,10 @@ GatewayError
 ├── LimitReached               the tenant has used what it may; carries a retry hint, where waiting helps
 ├── UnknownRequest             no such id, or its journal has expired
 ├── RequestIdTaken             the id is in use for other content
+├── UnknownBatch               no such batch, or it has expired
+├── BatchIdTaken               the batch id is in use for other content
+├── UnknownLetter              no such dead letter
+├── LostBatch                  another gateway runs the batch now
 ├── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
 ├── TooManyCalls               this gateway has as many calls under way as it takes
 ├── Unauthenticated            who calls is not known
@@ -102,6 +106,34 @@ class RequestIdTaken(GatewayError):
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request_id {public(request_id)!r} is already in use for a request of other content")
         self.request_id = request_id
+
+
+class UnknownBatch(GatewayError):
+    """No batch of this id is known."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"unknown batch {public(batch_id)!r}: never created, or it has expired")
+
+
+class BatchIdTaken(GatewayError):
+    """The batch id is already in use for other content."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"batch_id {public(batch_id)!r} is already in use for a batch of other content")
+
+
+class UnknownLetter(GatewayError):
+    """No dead letter of this id is there: it never was, has been replayed, or many newer ones have come."""
+
+    def __init__(self, letter_id: str) -> None:
+        super().__init__(f"unknown dead letter {letter_id!r}")
+
+
+class LostBatch(GatewayError):
+    """Another gateway runs the batch now. Nothing was written."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"another gateway runs batch {public(batch_id)!r} now")
 
 
 class GatewayStopping(GatewayError):

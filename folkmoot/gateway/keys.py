@@ -133,6 +133,26 @@ class Keys:
         """String, with a TTL from its end on: one of those changes, and what has become of it."""
         return f"{self.root}:operation:{request_id}"
 
+    @property
+    def batches(self) -> str:
+        """Sorted set: batch -> when it was created (Unix us)."""
+        return f"{self.root}:batches"
+
+    @property
+    def open_batches(self) -> str:
+        """Sorted set: batches that have not ended -> their deadline (Unix ms)."""
+        return f"{self.root}:batches:open"
+
+    def batch(self, batch_id: str) -> str:
+        """Hash: what is known of one batch."""
+        return f"{self.root}:batch:{batch_id}"
+
+    def batch_part(self, batch_id: str, part: str) -> str:
+        """What belongs to it. `input`: hash of block number -> zlib of internal.InputBlock (`input:<upload>` before it
+        is whole); `done`: bitmap of lines that have their result; `retries`: hash of line -> how often it was asked
+        again; `output`, `errors`: streams of results, entry id <line of the file>-1, field d = zlib of the line."""
+        return f"{self.root}:batch:{batch_id}:{part}"
+
     def use(self, tenant: str) -> str:
         """Hash, until they have passed: when what a tenant has used of its minutes is paid off (access_scripts.py)."""
         return f"{self.root}:use:{tenant}"

@@ -13,6 +13,7 @@ begin with (keys.py).
 """
 
 from folkmoot.gateway.access_scripts import SWAP_KEY
+from folkmoot.gateway.batch_scripts import BATCHES
 from folkmoot.gateway.prelude import PRELUDE
 
 # ARGV: gateway, then 16 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
@@ -386,5 +387,6 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
+    **BATCHES,
     "swap_key": SWAP_KEY,
 }

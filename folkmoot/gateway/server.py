@@ -9,13 +9,23 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from folkmoot.gateway import readiness, tasks
+from folkmoot.gateway import batch_runner, readiness, tasks
 from folkmoot.gateway.admin import AdminService
 from folkmoot.gateway.api_keys import KeyRing, KeyStore
 from folkmoot.gateway.auth import Door
+from folkmoot.gateway.batch_service import BatchService
+from folkmoot.gateway.batch_store import BatchStore
+from folkmoot.gateway.dead_letters import DeadLetters
 from folkmoot.gateway.journal import JournalReader
 from folkmoot.gateway.operations import Operations
-from folkmoot.gateway.pb import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from folkmoot.gateway.pb import (
+    admin_pb2,
+    admin_pb2_grpc,
+    batches_pb2,
+    batches_pb2_grpc,
+    gateway_pb2,
+    gateway_pb2_grpc,
+)
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.service import FolkmootService
 from folkmoot.gateway.settings import GatewaySettings, is_local
@@ -31,6 +41,7 @@ HANDSHAKE_MS = 10_000
 CUT_S = 2.0  # for the last words to streams that did not finish in time
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Folkmoot"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+BATCHES = batches_pb2.DESCRIPTOR.services_by_name["Batches"].full_name
 READY = "ready"
 """The health service's name for: an engine can serve now. The other names say that this gateway lives."""
 
@@ -47,23 +58,27 @@ async def serve(
     certificates = Certificates(settings.tls) if settings.tls is not None else None
     store = Store(settings.redis, settings.namespace)
     queue = RequestQueue(store, settings.queue)
+    batches = BatchStore(store, settings.batches, settings.queue.lease_s)
+    letters = DeadLetters(queue, settings.max_request_s, settings.default_answer_tokens)
     keys = KeyRing(KeyStore(store)) if settings.require_keys else None
     server = grpc.aio.server(options=_options(settings), interceptors=(Door(keys, settings.max_calls),))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, ADMIN, BATCHES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         async with JournalReader(queue, f"gateway-{secrets.token_hex(6)}").running() as reader:
             service = FolkmootService(settings, queue, reader)
             gateway_pb2_grpc.add_FolkmootServicer_to_server(service, server)  # type: ignore[no-untyped-call]
             admin_pb2_grpc.add_AdminServicer_to_server(AdminService(Operations(store)), server)  # type: ignore[no-untyped-call]
+            batches_pb2_grpc.add_BatchesServicer_to_server(BatchService(batches, letters), server)  # type: ignore[no-untyped-call]
             port = _bind(server, settings.listen, certificates)
             await server.start()
             _warn(settings)
             await _say(checks, health_pb2.HealthCheckResponse.SERVING)
             watching = asyncio.create_task(readiness.watch(queue, lambda is_ready: _say_ready(checks, is_ready)))
             on_listening(f"{settings.listen.rpartition(':')[0]}:{port}")
-            await stop.wait()
+            async with batch_runner.running(queue, batches, reader.gateway, settings.default_answer_tokens):
+                await stop.wait()
             log.info("stopping: streams may finish for %g s", settings.shutdown_s)
             await tasks.cancel([watching])
             await _say_ready(checks, False)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from folkmoot.gateway.batch_store import BatchSettings
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.tls import TlsFiles
 
@@ -22,6 +23,7 @@ class GatewaySettings(BaseModel):
     redis: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379"  # may hold a password
     namespace: str = "folkmoot"
     queue: QueueSettings = QueueSettings()
+    batches: BatchSettings = BatchSettings()
     max_message_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     max_request_s: Positive = 3600.0  # the longest any request may take, waiting included
     grace_s: Positive = 30.0  # how long a request outlives its connection, and its gateway

@@ -4,8 +4,8 @@ InvalidRequest    INVALID_ARGUMENT    BadRequest: every field with its limit
 QueueFull         RESOURCE_EXHAUSTED  RetryInfo, and trailing metadata `retry-after-ms`
 StoreUnavailable  UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`; ErrorInfo.reason says which
 StoreRefused      INTERNAL            ErrorInfo
-UnknownRequest    NOT_FOUND
-RequestIdTaken    ALREADY_EXISTS
+UnknownRequest    NOT_FOUND           UnknownBatch and UnknownLetter too
+RequestIdTaken    ALREADY_EXISTS      BatchIdTaken too
 GatewayStopping   UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`
 TooManyCalls      RESOURCE_EXHAUSTED  the same
 LimitReached      RESOURCE_EXHAUSTED  the same where waiting helps; ErrorInfo.reason
@@ -75,9 +75,9 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
             return _status(grpc.StatusCode.UNAUTHENTICATED, text)
         case errors.PermissionDenied():
             return _status(grpc.StatusCode.PERMISSION_DENIED, text)
-        case errors.UnknownRequest():
+        case errors.UnknownRequest() | errors.UnknownBatch() | errors.UnknownLetter():
             return _status(grpc.StatusCode.NOT_FOUND, text)
-        case errors.RequestIdTaken():
+        case errors.RequestIdTaken() | errors.BatchIdTaken():
             return _status(grpc.StatusCode.ALREADY_EXISTS, text)
         case errors.StoreError():
             return _status(grpc.StatusCode.INTERNAL, text, _info(REASONS[type(error)]))

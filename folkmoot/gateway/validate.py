@@ -13,6 +13,7 @@ from folkmoot.gateway.queue import ModelRecord
 Fault = tuple[str, str]  # field, what is wrong with it
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+RESERVED = ("batch:", "replay:")  # ids of batches' lines and of replayed dead letters
 ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
 LANES = frozenset(pb.Lane.values())
 ON_DISCONNECTS = frozenset(pb.OnDisconnect.values())
@@ -90,6 +91,8 @@ def estimate_tokens(request: pb.GenerateRequest, model: ModelRecord, default_ans
 def _identity(request: pb.GenerateRequest) -> Iterator[Fault]:
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
         yield "request_id", ID_RULE
+    if request.request_id.startswith(RESERVED):
+        yield "request_id", f"must not begin with {' or '.join(RESERVED)}"
     if len(request.tenant) > MAX_NAME_CHARS:
         yield "tenant", f"must have at most {MAX_NAME_CHARS} characters, has {len(request.tenant)}"
     if request.lane not in LANES:

@@ -21,8 +21,10 @@ KEYS = {
         *("throughput_retained", "replicas_restored_s"),
     },
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
+    "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
 }
 MUST_BE_ZERO = {
+    "batch": ("missing", "doubled", "different"),
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
     "chaos": ("violations", "leaks"),

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.checkpoints import tiny
 from folkmoot.cluster.processes import is_alive
 from folkmoot.experts import secret
+from folkmoot.gateway.batch_client import Batches
 from folkmoot.gateway.client import Cancelled, Client, DeadlineExceeded, InvalidRequest
 from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, temp_of
 
@@ -103,6 +104,36 @@ def test_a_stop_string_ends_the_answer(client: Client) -> None:
     stop = text[6:9]
     *_, last = client.generate(PROMPT, temperature=0.0, max_tokens=24, ignore_eos=True, stop=[stop])
     assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+
+
+def test_a_batch_answers_and_scores_as_the_same_requests_alone(client: Client) -> None:
+    greedy = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+    messages = [{"role": "user", "content": "What is an expert?"}]
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "text": ("completions", {"prompt": PROMPT, "return_token_ids": True, **greedy}),
+        "chat": ("chat/completions", {"messages": messages, "return_token_ids": True, **greedy}),
+        "score": ("completions", {"prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 0}),
+        "ids": ("completions", {"prompt": [7, 8, 9], "prompt_logprobs": 1, "max_tokens": 0}),
+        "long": ("completions", {"prompt": "word " * 2000}),
+    }
+    lines = [{"custom_id": name, "method": "POST", "url": f"/v1/{path}", "body": body}
+             for name, (path, body) in bodies.items()]  # fmt: skip
+    batches = Batches(client)
+    done = batches.wait(batches.create(lines).id, 120.0)
+    assert (done.completed, done.failed) == (4, 1)
+    (error,) = map(json.loads, batches.results(done.id, errors=True))
+    assert (error["custom_id"], error["response"]["status_code"]) == ("long", 400)
+    choices = {row["custom_id"]: row["response"]["body"]["choices"][0]
+               for row in map(json.loads, batches.results(done.id))}  # fmt: skip
+    assert choices["text"]["token_ids"] == tokens(client, max_tokens=8)
+    assert choices["chat"]["token_ids"] == tokens(client, None, messages=messages, max_tokens=8)
+    scored = next(iter(client.generate(PROMPT, temperature=0.0, max_tokens=1, prompt_logprobs=2))).prompt_logprobs
+    logprobs = choices["score"]["logprobs"]
+    assert choices["score"]["text"] == PROMPT == "".join(logprobs["tokens"])
+    assert logprobs["token_logprobs"] == [None, *(pytest.approx(entry[0].logprob) for entry in scored[1:])]
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    first, second, third = choices["ids"]["prompt_logprobs"]
+    assert first is None and "8" in second and "9" in third and choices["ids"]["text"] == ""
 
 
 def test_many_at_once_get_what_each_gets_alone(client: Client) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from folkmoot.gateway.batch_client import AsyncBatches
+from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.embedded import EmbeddedStore, find_server
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
@@ -99,6 +101,18 @@ async def gateway(store_server: EmbeddedStore, namespace: str, stack: AsyncExitS
 async def engine(queue: RequestQueue, stack: AsyncExitStack) -> EchoEngine:
     """An engine that echoes, running."""
     return await stack.enter_async_context(EchoEngine(queue))
+
+
+@pytest.fixture
+async def roomy(queue: RequestQueue, stack: AsyncExitStack) -> EchoEngine:
+    """An engine that echoes any number of requests at once, running."""
+    return await stack.enter_async_context(EchoEngine(queue, room=10_000))
+
+
+@pytest.fixture
+async def batches(gateway: str, stack: AsyncExitStack) -> AsyncBatches:
+    """A client's batches, on `gateway`."""
+    return AsyncBatches(await stack.enter_async_context(AsyncClient(gateway)))
 
 
 @pytest.fixture

@@ -70,6 +70,10 @@ class EchoEngine:
 
     async def _lease_loop(self) -> None:
         while True:
+            if self._running and self.holder.num_held >= self.room:
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                await self.holder.flush()
+                continue
             try:
                 leases = await self.holder.lease(self.room - self.holder.num_held)
             except StoreError:
