@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, interrupts
+from folkmoot.cluster import cli_admin, cli_simulate, interrupts
 from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options, name_options
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
@@ -36,7 +36,7 @@ def main() -> None:
     """
 
 
-for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll):
+for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_simulate.simulate):
     main.add_command(command)
 
 

@@ -16,7 +16,20 @@ from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replica
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from tests.cluster.conftest import Cluster, eventually, processes_of
 
-COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll"]
+COMMANDS = [
+    "up",
+    "down",
+    "status",
+    "chat",
+    "generate",
+    "bench",
+    "demo",
+    "scale",
+    "drain",
+    "replicate",
+    "roll",
+    "simulate",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
