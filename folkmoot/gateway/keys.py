@@ -27,7 +27,7 @@ class Keys:
         return f"{self.root}:queue:{model}:{lane}"
 
     def load(self, model: str, lane: Lane) -> str:
-        """Hash of counters: {waiting,running}_{requests,tokens}."""
+        """Hash of counters: {waiting,running}_{requests,tokens}; submitted_tokens only grows."""
         return f"{self.root}:load:{model}:{lane}"
 
     def dead(self, model: str) -> str:
@@ -69,6 +69,19 @@ class Keys:
     def cluster(self) -> str:
         """String with a TTL: the cluster's status document."""
         return f"{self.root}:cluster"
+
+    def owed(self, model: str) -> str:
+        """Hash: who keeps work outside the queue -> [tokens, deadline (Unix s) or null, until when that holds]."""
+        return f"{self.root}:owed:{model}"
+
+    def measured(self, model: str) -> str:
+        """String: what the autoscaler found out of this model's engines."""
+        return f"{self.root}:measured:{model}"
+
+    @property
+    def scaling(self) -> str:
+        """String with a TTL: an autoscaler lives, and what it does."""
+        return f"{self.root}:scaling"
 
     @property
     def wish(self) -> str:

@@ -51,6 +51,7 @@ class Submission:
     remaining_s: float  # until its deadline
     grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
     gateway: str = ""  # whom to push its journal to
+    queue_timeout_s: float | None = None  # it ends when no engine took it for so long; None: as in the settings
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class RequestQueue:
                 body,
                 one.cost,
                 _ms(one.remaining_s),
-                _ms(s.queue_timeout_s),
+                _ms(s.queue_timeout_s if one.queue_timeout_s is None else one.queue_timeout_s),
                 _ms(one.grace_s),
                 _ms(s.retention_s),
                 s.max_waiting_requests,

@@ -47,6 +47,7 @@ for i = 2, #ARGV, 13 do
                  'attended', now + grace, 'retention', retention, 'watchers', gateway)
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
+      redis.call('HINCRBY', root .. ':load:' .. model .. ':' .. lane, 'submitted_tokens', cost)
       fed[model] = true
       out[#out + 1] = 'ok'
     end
