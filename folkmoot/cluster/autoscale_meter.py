@@ -72,12 +72,12 @@ def measured(meter: Meter, now: Counts) -> Meter:
     meter = _starts(meter, now)
     if now.interactive_waiting + now.interactive_running > 0:
         meter = replace(meter, interactive_s=now.now_s)
-    if meter.last is not None and (passed_s := now.now_s - meter.last.now_s) > 0:
-        came = max(0.0, now.submitted - meter.last.submitted)
+    if (before := meter.last) is not None and (passed_s := now.now_s - before.now_s) > 0:
+        came = max(0.0, now.submitted - before.submitted)
         if came:
             meter = replace(meter, interactive_s=now.now_s)
         weight = 1 - math.exp(-passed_s / RATE_WINDOW_S)
-        meter = _speed(meter, meter.last, now)
+        meter = _speed(meter, before, now)
         meter = replace(meter, rate=meter.rate + weight * (came / passed_s - meter.rate))
     return replace(meter, last=now)
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from folkmoot.cluster import cli_admin, cli_simulate, interrupts
-from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options, name_options
+from folkmoot.cluster.cli_common import SPAN, F, Failure, address_of, console, gateway_options, name_options
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
@@ -55,7 +55,20 @@ def _sampling(command: F) -> F:
 
 @main.command()
 @click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
-@click.option("--engines", type=click.IntRange(1), default=UpOptions.engines, show_default=True, help="vLLM engines")
+@click.option(
+    "--engines",
+    type=SPAN,
+    default=str(UpOptions.engines),
+    show_default=True,
+    help="vLLM engines; with MIN..MAX (0..4) as many as the work that is owed asks for, one to begin with",
+)
+@click.option(
+    "--idle-s",
+    type=click.FloatRange(0),
+    default=UpOptions.idle_s,
+    show_default=True,
+    help="with --engines 0..MAX: the last engine stays for so long after the last interactive request",
+)
 @click.option(
     "--hosts",
     type=click.IntRange(1),
@@ -163,6 +176,14 @@ def _sampling(command: F) -> F:
 )
 @click.option("--gpus-per-host", type=float, default=UpOptions.gpus_per_host, show_default=True)
 @click.option(
+    "--cpus-per-engine",
+    type=float,
+    default=UpOptions.cpus_per_engine,
+    show_default=True,
+    help="share of a CPU that Ray reserves for an engine; what no node has room for makes Ray's autoscaler add one",
+)
+@click.option("--gpus-per-engine", type=float, default=UpOptions.gpus_per_engine, show_default=True)
+@click.option(
     "--max-experts-per-host",
     type=click.IntRange(1),
     metavar="K",
@@ -181,9 +202,12 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
       folkmoot up --model demo
       folkmoot up --model demo --hosts 4 --replicas 2        lose any host, and go on
       folkmoot up --model ~/models/mixtral --experts-per-host 1 --detach
+      folkmoot up --model ~/models/mixtral --engines 0..4    as many engines as work asks for
       folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
     """
-    chosen = UpOptions(**options)
+    span = options.pop("engines")
+    most = None if span.least == span.most else span.most
+    chosen = UpOptions(**options, engines=span.least, most_engines=most)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
     if detach:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.healing import is_settled, phase_of, troubles
 from folkmoot.cluster.router_state import RouterState
 from folkmoot.cluster.wish import Wish
@@ -32,9 +33,9 @@ def decide(command: Command, state: RouterState, capacity: int | None) -> Wish:
     wish = state.wish
     match command.kind, command.target:
         case "scale", "engines":
-            if command.count > MAX_ENGINES:
-                raise Refused(INVALID_ARGUMENT, f"count: must be at most {MAX_ENGINES} engines, is {command.count}")
-            return replace(wish, engines=command.count)
+            if (most := max(command.count, command.most)) > MAX_ENGINES:
+                raise Refused(INVALID_ARGUMENT, f"count: must be at most {MAX_ENGINES} engines, is {most}")
+            return replace(wish, engines=command.count, most_engines=command.most or None)
         case "roll", _:
             return replace(wish, engine_version=wish.engine_version + 1)
     if not state.num_columns:
@@ -108,7 +109,8 @@ def progress(command: Command, state: RouterState) -> Progress:
     wish = state.wish
     match command.kind, command.target:
         case "scale", "engines":
-            _still(wish.engines == command.count, "the number of engines")
+            asked = Limits(command.count, command.most or command.count)
+            _still(wish.engine_limits == asked, "the number of engines")
             return _engines(state)
         case "roll", _:
             return _engines(state)
@@ -136,12 +138,15 @@ def _still(holds: bool, what: str) -> None:
 
 
 def _engines(state: RouterState) -> Progress:
-    """Whether exactly as many engines of the wished version are ready as there should be, and no other lives."""
-    wish = state.wish
+    """Whether as many engines of the wished version are ready as there should be, and no other lives. Within limits it
+    does not matter which of them are just coming or going."""
+    wish, limits = state.wish, state.wish.engine_limits
     current = [e for e in state.engines.values() if e.info.get("version", 0) == wish.engine_version]
     ready = sum(e.phase == "ready" for e in current)
     others = sum(e.phase != "dead" for e in state.engines.values()) - ready
-    done = ready == wish.engines and not others
-    return Progress(
-        done, f"{ready} of {wish.engines} engines ready" + (f", {others} coming or going" if others else "")
-    )
+    if limits.least != limits.most:
+        old = sum(e.phase != "dead" for e in state.engines.values()) - sum(e.phase != "dead" for e in current)
+        text = f"{ready} engines ready, {limits.least} to {limits.most} as work comes and goes"
+        return Progress(limits.least <= ready <= limits.most and not old, text)
+    done = ready == limits.most and not others
+    return Progress(done, f"{ready} of {limits.most} engines ready" + (f", {others} coming or going" if others else ""))

@@ -11,7 +11,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from folkmoot.cluster.autoscale import Due, Limits, Memory, Policy, decide
 from folkmoot.cluster.autoscale_meter import Counts, Meter, known, measured, seen
@@ -242,7 +242,6 @@ class Autoscaled:
         self.meter = measured(self.meter, counts)
         decision = decide(seen(self.meter, counts), self.memory, self.limits, self.policy)
         self.memory = decision.memory
-        self.meter = replace(self.meter, last=replace(counts, target=decision.engines))
         return decision.engines
 
 

@@ -30,6 +30,11 @@ class ClusterSpec:
     """unix sockets: a short path, since theirs may not exceed 107 bytes; made on each node, mode 0700"""
     log_dir: str
     engines: int = 1
+    """to begin with: exactly so many, or at least, where there is a `most_engines`"""
+    most_engines: int | None = None
+    """None: no autoscaling"""
+    idle_s: float = 300.0
+    """how long the last engine stays after the last interactive request"""
     hosts: int = 2
     replicas: int = 1
     placement: str = "spread"
@@ -61,6 +66,11 @@ class ClusterSpec:
     engine_gpus: float = 0.0
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
+
+    @property
+    def first_engines(self) -> int:
+        """Engines that are started at first: one in any case, which shows that the model loads."""
+        return max(1, self.engines)
 
     @property
     def namespace(self) -> str:

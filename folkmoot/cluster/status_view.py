@@ -48,6 +48,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
             console.print(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip(), markup=False)
     else:
         console.print("a dense model: no expert hosts")
+    if (scaling := document["autoscaling"])["least"] != scaling["most"]:
+        console.print(_scaling_line(scaling), markup=False)
     console.print(_engines_table(document["engines"]))
 
 
@@ -81,6 +83,11 @@ def _map_line(facts: dict[str, Any]) -> str:
         f"{facts['replicas_least']} of {facts['replicas_wanted']} replicas"
     )
     return line + (f", [bold red]{facts['missing']} experts without a host[/]" if facts["missing"] else "")
+
+
+def _scaling_line(facts: dict[str, Any]) -> str:
+    line = f"engines {facts['least']} to {facts['most']}, {facts['wanted']} wanted: {facts['reason']}"
+    return line + ("" if facts["late_s"] is None else "; a deadline cannot be met with the most engines")
 
 
 def _engines_table(engines: list[dict[str, Any]]) -> Table:
