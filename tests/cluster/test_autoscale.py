@@ -1,14 +1,24 @@
 """How many engines: the policy and what it measures, as pure functions."""
 
 import math
+import re
 from dataclasses import replace
 
+import click
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from folkmoot.cluster.autoscale import Due, Limits, Memory, Policy, Seen, decide, first_late, for_batch, remembered
 from folkmoot.cluster.autoscale_meter import Counts, Meter, known, measured, seen
+from folkmoot.cluster.autoscaler import Work
+from folkmoot.cluster.autoscaler import counts as shell_counts
+from folkmoot.cluster.cli import main
+from folkmoot.cluster.cli_common import SPAN
+from folkmoot.cluster.router_state import EngineState
+from folkmoot.gateway.demand import Demand, Owed
+from folkmoot.gateway.queue import Load
 
 LIMITS = Limits(0, 8)
 POLICY = Policy(head_room=0.6, margin=0.0, idle_s=300.0)
@@ -189,3 +199,43 @@ def test_interactive_work_is_a_rate_and_a_time() -> None:
     assert seen(measured(meter, quiet), quiet).interactive_idle_s == pytest.approx(105.0)
     running = replace(quiet, interactive_running=5.0)
     assert seen(measured(meter, running), running).interactive_idle_s == 0.0
+
+
+# ------------------------------------------------------------------------------------------------- the shell
+
+
+def engine(name: str, tokens: int, phase: str = "ready") -> EngineState:
+    return EngineState(name, phase, info={"prompt_tokens": tokens // 2, "generated_tokens": tokens - tokens // 2})
+
+
+def test_work_is_counted_over_engines_that_come_and_go() -> None:
+    work = Work().after({"a": engine("a", 100)})
+    work = work.after({"a": engine("a", 130), "b": engine("b", 7)})
+    work = work.after({"b": engine("b", 10)})
+    assert work.total == 100 + 30 + 7 + 3
+    assert work.after({"b": engine("b", 10)}).total == work.total
+
+
+def test_what_is_counted_of_the_store_and_the_engines() -> None:
+    demand = Demand(Load(1, 10, 2, 20), Load(3, 300, 1, 50), 99, (Owed(330.0, 5000.0), Owed(70.0, math.inf)), 70.0)
+    engines = {"a": engine("a", 5), "b": engine("b", 0, "loading"), "c": engine("c", 0, "stopping")}
+    assert shell_counts(demand, Work(12), engines, 2, 1000.0) == Counts(
+        now_s=1000.0, ready=1, target=2, processed=12, submitted=99, interactive_waiting=10, interactive_running=20,
+        due=(Due(330.0, 5000.0), Due(70.0, math.inf)), batch_waiting=370,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "limits"), [("2", Limits(2, 2)), ("0..4", Limits(0, 4)), ("3..3", Limits(3, 3))])
+def test_limits_on_the_command_line(text: str, limits: Limits) -> None:
+    assert SPAN.convert(text, None, None) == limits
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1..", "..2", "1...3", "4..2", "0", "0..0", "1.5"])
+def test_limits_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=re.escape(repr(text))):
+        SPAN.convert(text, None, None)
+
+
+def test_only_engines_have_limits() -> None:
+    done = CliRunner().invoke(main, ["scale", "hosts", "1..4"])
+    assert done.exit_code == 2 and "MIN..MAX is for engines" in done.output
