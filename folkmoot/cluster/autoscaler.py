@@ -1,23 +1,29 @@
-"""The autoscaler: looks at what is owed once a second, and says how many engines there should be. In the expert router.
+"""The autoscaler, in the expert router: looks at what is owed once a second, and says how many engines there should be.
 
 Ray Serve asks for that number through its policy (autoscale_serve.py), and starts or stops replicas; where there is no
 room for one, Ray's own autoscaler adds a node, and takes it away when nothing runs on it any more. With a fixed number
-of engines it only measures.
+of engines it only measures. Expert hosts it changes itself, as an operator would.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from folkmoot.cluster.autoscale import Decision, Due, Limits, Memory, Policy, decide
+from folkmoot.cluster.autoscale_experts import ExpertMemory, HostWork, decide_experts, looked
 from folkmoot.cluster.autoscale_meter import Counts, Meter, known, measured, seen
+from folkmoot.cluster.healing import is_settled
+from folkmoot.cluster.operations import Refused, resized
+from folkmoot.cluster.operations import decide as decide_operation
 from folkmoot.cluster.router_state import EngineState, RouterState
 from folkmoot.cluster.spec import ClusterSpec
+from folkmoot.cluster.wish import Wish
 from folkmoot.gateway.demand import Demand, Demands, Scaling
 from folkmoot.gateway.errors import StoreError
+from folkmoot.gateway.operations import Command
 from folkmoot.gateway.store import Store
 
 log = logging.getLogger(__name__)
@@ -58,14 +64,22 @@ def counts(demand: Demand, work: Work, engines: Mapping[str, EngineState], targe
 class Autoscaler:
     """Shell: reads the store and the router's state, and keeps the pure functions' memory."""
 
-    def __init__(self, spec: ClusterSpec, store: Store, state: Callable[[], RouterState]) -> None:
-        self._spec, self._demands, self._state = spec, Demands(store), state
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        store: Store,
+        state: Callable[[], RouterState],
+        change: Callable[[Wish], Awaitable[None]],
+    ) -> None:
+        self._spec, self._demands, self._state, self._change = spec, Demands(store), state, change
         self._policy = Policy(idle_s=spec.idle_s)
         self._meter, self._memory, self._work = Meter(), Memory(), Work()
         self._decision: Decision | None = None
         self._counts: Counts | None = None
         self._was_ready = False
         self._remembered_s = 0.0
+        self._experts = ExpertMemory()
+        self._experts_reason = ""
 
     @property
     def engines(self) -> int | None:
@@ -81,6 +95,7 @@ class Autoscaler:
                     await self._load()
                     loaded = True
                 await self._look(time.time())
+                await self._look_at_experts(time.time())
             except StoreError as e:
                 log.warning("what is owed cannot be read: %s", e)
             await asyncio.sleep(LOOK_EVERY_S)
@@ -97,6 +112,9 @@ class Autoscaler:
             "interactive_tokens_per_s": round(self._meter.rate, 1),
             "engine_tokens_per_s": self._meter.tokens_per_s,
             "engine_start_s": round(self._meter.start_s, 1),
+            "host_limits": self._state().wish.host_limits,
+            "hosts_reason": self._experts_reason,
+            "busiest_host": max((round(r.busy, 3) for r in self._experts.rates), default=None),
         }
 
     async def _look(self, now_s: float) -> None:
@@ -115,6 +133,35 @@ class Autoscaler:
             log.info("%s engines: %s", decision.engines, decision.reason)
         self._decision, self._memory, self._counts = decision, decision.memory, now
         await self._tell(limits, now, now_s)
+
+    async def _look_at_experts(self, now_s: float) -> None:
+        """Where an operator allowed it, and nothing is under way, change the number of hosts or replicas."""
+        state = self._state()
+        works = {
+            (host.host, life.incarnation): HostWork(life.requests, life.rows, life.busy_s)
+            for host in state.hosts.values()
+            if (life := host.serving) is not None
+        }
+        self._experts, has_rates = looked(self._experts, works, now_s)
+        wish = state.wish
+        if wish.host_limits is None or not has_rates or not is_settled(state):
+            return
+        limits, hosts = Limits(*wish.host_limits), len(wish.open_hosts)
+        self._experts, asked = decide_experts(self._experts, hosts, wish.replicas, limits, now_s)
+        self._experts_reason = asked.reason
+        if (asked.hosts, asked.replicas) == (hosts, wish.replicas):
+            return
+        capacity = self._spec.max_experts_per_host
+        try:
+            if asked.replicas != wish.replicas:
+                following = decide_operation(Command("scale", "replicas", asked.replicas), state, capacity)
+            else:
+                following = resized(state, asked.hosts, capacity)
+        except Refused as e:
+            self._experts_reason = f"{asked.reason}; {e}"
+            return
+        log.info("%s hosts, %s replicas: %s", asked.hosts, asked.replicas, asked.reason)
+        await self._change(following)
 
     async def _tell(self, limits: Limits, now: Counts, now_s: float) -> None:
         """Gateways that engines come and go; a later life of this router what was found out."""

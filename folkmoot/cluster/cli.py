@@ -71,8 +71,9 @@ def _sampling(command: F) -> F:
 )
 @click.option(
     "--hosts",
-    type=click.IntRange(1),
-    help="expert hosts to spread the experts over  [default: 2, or as many as --replicas]",
+    type=SPAN,
+    help="expert hosts to spread the experts over; with MIN..MAX more come when the busiest is the bottleneck  "
+    "[default: 2, or as many as --replicas]",
 )
 @click.option(
     "--experts-per-host",
@@ -205,9 +206,12 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
       folkmoot up --model ~/models/mixtral --engines 0..4    as many engines as work asks for
       folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
     """
-    span = options.pop("engines")
-    most = None if span.least == span.most else span.most
-    chosen = UpOptions(**options, engines=span.least, most_engines=most)
+    for name in ("engines", "hosts"):
+        if (span := options[name]) is not None:
+            options |= {name: span.least, f"most_{name}": None if span.least == span.most else span.most}
+    if options["hosts"] == 0:
+        raise click.UsageError("--hosts must be at least 1")
+    chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
     if detach:

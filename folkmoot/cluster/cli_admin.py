@@ -40,7 +40,8 @@ def scale(target: str, count: Limits, **where: Any) -> None:
     More hosts take experts over from those that there are; of fewer, the newest leave, once others have what they held.
     No request fails by it. Replicas of an expert are on different hosts, so there must be at least as many hosts.
 
-    For engines MIN..MAX is possible too: then there are as many as the work that is owed asks for.
+    With MIN..MAX there are as many engines as the work that is owed asks for, or as many hosts as keep the busiest one
+    from being the bottleneck.
 
     \b
     Examples:
@@ -49,8 +50,8 @@ def scale(target: str, count: Limits, **where: Any) -> None:
       folkmoot scale engines 2 --no-wait
       folkmoot scale engines 0..8
     """
-    if target != "engines" and count.least != count.most:
-        raise click.UsageError(f"MIN..MAX is for engines; give the number of {target}")
+    if target == "replicas" and count.least != count.most:
+        raise click.UsageError("MIN..MAX is for engines and hosts; give the number of replicas")
     most = 0 if count.least == count.most else count.most
     _carry_out(lambda client, request_id: client.scale(target, count.least, request_id, most=most), **where)
 

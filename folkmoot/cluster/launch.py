@@ -38,7 +38,18 @@ TEND_EVERY_S = 1.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
-    *("name", "engines", "most_engines", "idle_s", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *(
+        "name",
+        "engines",
+        "most_engines",
+        "most_hosts",
+        "idle_s",
+        "placement",
+        "dtype",
+        "device",
+        "max_model_len",
+        "max_num_seqs",
+    ),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -62,6 +73,8 @@ class UpOptions:
     idle_s: float = ClusterSpec.idle_s
     hosts: int | None = None
     """expert hosts; None: from experts_per_host, else as few as the replicas allow, at least two"""
+    most_hosts: int | None = None
+    """None: their number stays; else the autoscaler may start so many"""
     experts_per_host: int | None = None
     replicas: int | None = None
     """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""

@@ -42,8 +42,9 @@ def decide(command: Command, state: RouterState, capacity: int | None) -> Wish:
         raise Refused(FAILED_PRECONDITION, "the model is dense: it has no experts, and needs no expert hosts")
     match command.kind, command.target:
         case "scale", "hosts":
-            _check_hosts(command.count, state)
-            following = wish.with_hosts(command.count)
+            limits = Limits(command.count, command.most or command.count)
+            following = resized(state, limits.clip(len(wish.open_hosts)), capacity)
+            return replace(following, host_limits=(limits.least, limits.most) if command.most else None)
         case "scale", "replicas":
             following = replace(wish, replicas=command.count)
             _check_replicas(command.count, wish)
@@ -57,6 +58,14 @@ def decide(command: Command, state: RouterState, capacity: int | None) -> Wish:
             return _drained(command, state, capacity)
         case _:
             raise Refused(INVALID_ARGUMENT, f"unknown command {command.kind!r}")
+    _check_room(sum(following.wanted(state.num_columns)), following, state, capacity)
+    return following
+
+
+def resized(state: RouterState, hosts: int, capacity: int | None) -> Wish:
+    """The wish with so many expert hosts. Raises Refused."""
+    _check_hosts(hosts, state)
+    following = state.wish.with_hosts(hosts)
     _check_room(sum(following.wanted(state.num_columns)), following, state, capacity)
     return following
 
@@ -115,7 +124,9 @@ def progress(command: Command, state: RouterState) -> Progress:
         case "roll", _:
             return _engines(state)
         case "scale", "hosts":
-            _still(len(wish.open_hosts) == command.count, "the number of hosts")
+            asked_hosts = (command.count, command.most) if command.most else None
+            is_within = command.count <= len(wish.open_hosts) <= max(command.count, command.most)
+            _still(is_within and wish.host_limits == asked_hosts, "the number of hosts")
         case "scale", "replicas":
             _still(wish.replicas == command.count, "the number of replicas")
         case "replicate", _:

@@ -42,7 +42,7 @@ from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
 from folkmoot.cluster.router_state import initial
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.status import document
-from folkmoot.cluster.wish import first_wish
+from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.operations import Operations
@@ -76,7 +76,7 @@ class ExpertRouter:
         self._error: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._engines_deployed = (self._state.wish.engine_limits, 0)
-        self._autoscaler = Autoscaler(spec, self._store, lambda: self._state)
+        self._autoscaler = Autoscaler(spec, self._store, lambda: self._state, self._change)
         self._operations = OperationRunner(
             spec, Operations(self._store), self._wishes, lambda: self._state, lambda wish: self.report(Wished(wish))
         )
@@ -216,6 +216,11 @@ class ExpertRouter:
         else:
             reason = str(getattr(error, "cause", None) or error)
         await self.report(HostDied(host, incarnation, reason))
+
+    async def _change(self, wish: Wish) -> None:
+        """What the autoscaler asks for: saved before it is acted on, as operations are. Raises StoreError."""
+        await self._wishes.save(wish)
+        await self.report(Wished(wish))
 
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

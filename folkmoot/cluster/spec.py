@@ -36,6 +36,9 @@ class ClusterSpec:
     idle_s: float = 300.0
     """how long the last engine stays after the last interactive request"""
     hosts: int = 2
+    """to begin with"""
+    most_hosts: int | None = None
+    """None: the autoscaler leaves their number alone"""
     replicas: int = 1
     placement: str = "spread"
     """"spread" or "pack": how Ray lays expert hosts over nodes"""

@@ -40,6 +40,8 @@ class Wish:
     """grows with each roll of the engines"""
     most_engines: int | None = None
     """None: exactly `engines`; else as many from there up to this as the autoscaler finds right"""
+    host_limits: tuple[int, int] | None = None
+    """fewest and most expert hosts, within which the autoscaler changes their number; None: it does not"""
 
     @property
     def engine_limits(self) -> Limits:
@@ -104,10 +106,12 @@ class Wish:
         raw = json.loads(text)
         sets = {name: frozenset(raw.pop(name)) for name in ("closed", "drained", "forced")}
         columns = MappingProxyType({int(c): int(n) for c, n in raw.pop("columns")})
-        return Wish(**{**raw, **sets, "groups": tuple(raw["groups"]), "columns": columns})
+        limits = None if raw["host_limits"] is None else tuple(raw["host_limits"])
+        return Wish(**{**raw, **sets, "groups": tuple(raw["groups"]), "columns": columns, "host_limits": limits})
 
 
 def first_wish(spec: ClusterSpec) -> Wish:
     """What `folkmoot up` asked for."""
     groups = (spec.hosts,) if spec.hosts else ()
-    return Wish(spec.replicas, spec.engines, groups, most_engines=spec.most_engines)
+    limits = None if spec.most_hosts is None else (spec.hosts, spec.most_hosts)
+    return Wish(spec.replicas, spec.engines, groups, most_engines=spec.most_engines, host_limits=limits)

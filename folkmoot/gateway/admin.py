@@ -89,8 +89,10 @@ def _faults(request_id: str, command: Command) -> Iterator[Fault]:
         yield "target", "must be HOSTS, ENGINES or REPLICAS"
     if command.kind == "drain" and not 1 <= len(command.host) <= 128:
         yield "host", "must be the name of an expert host"
-    if command.most and command.target != "engines":
-        yield "most", f"must be left out unless target is ENGINES, is {command.most}"
+    if command.most and command.target not in ("engines", "hosts"):
+        yield "most", f"must be left out unless target is ENGINES or HOSTS, is {command.most}"
+    elif command.most and command.target == "hosts" and command.count < 1:
+        yield "count", f"must be at least 1 for HOSTS, is {command.count}"
     elif command.most and not command.count <= command.most <= MAX_COUNT:
         yield "most", f"must be between count ({command.count}) and {MAX_COUNT}, is {command.most}"
     elif command.kind in ("scale", "replicate") and not command.most and not 1 <= command.count <= MAX_COUNT:

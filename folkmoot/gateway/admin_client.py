@@ -40,7 +40,7 @@ class AdminClient:
         self._channel.close()
 
     def scale(self, target: str, count: int, request_id: str = "", *, most: int = 0) -> pb.Operation:
-        """`target` is "hosts", "engines" or "replicas". `most`: as many engines as work asks for, from `count` on."""
+        """`target` is "hosts", "engines" or "replicas". `most`: as many as work asks for, from `count` on."""
         request = pb.ScaleRequest(target=target.upper(), count=count, most=most)
         return self._submit(self._stub.Scale, request, request_id)
 

@@ -32,7 +32,7 @@ class UnknownOperation(GatewayError):
 
 @dataclass(frozen=True)
 class Command:
-    """What is asked for. `kind`: "scale" (target "hosts", "engines" or "replicas"; count; of engines also from count to
+    """What is asked for. `kind`: "scale" (target "hosts", "engines" or "replicas"; count; not of replicas also count to
     most), "drain" (host, force), "replicate" (expert, count) or "roll" (the engines)."""
 
     kind: str

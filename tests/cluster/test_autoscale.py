@@ -236,6 +236,6 @@ def test_limits_that_are_none(text: str) -> None:
         SPAN.convert(text, None, None)
 
 
-def test_only_engines_have_limits() -> None:
-    done = CliRunner().invoke(main, ["scale", "hosts", "1..4"])
-    assert done.exit_code == 2 and "MIN..MAX is for engines" in done.output
+def test_replicas_have_no_limits() -> None:
+    done = CliRunner().invoke(main, ["scale", "replicas", "1..4"])
+    assert done.exit_code == 2 and "MIN..MAX is for engines and hosts" in done.output
