@@ -159,10 +159,11 @@ def here() -> dict[str, object]:
 
 
 def days(quick: bool) -> list[Day]:
-    """Some days of different sizes; of each seed another truth about the engines."""
+    """Days of both kinds, overnight and due within two hours; with each seed another truth about the engines."""
     if quick:
         return [Day(day(seed, 1.0, 8), World(tokens_per_s=400.0, step_s=10.0, seed=seed)) for seed in range(2)]
-    return [Day(day(seed), World(seed=seed)) for seed in range(6)]
+    overnight = [Day(day(seed), World(seed=seed)) for seed in range(4)]
+    return overnight + [Day(day(seed, batches=12, due_h=(1.0, 2.0)), World(seed=seed)) for seed in range(4, 8)]
 
 
 def main() -> None:

@@ -11,6 +11,9 @@ SPEED_HALF_LIFE_S = 600.0
 """Engine-seconds under full load after which a measurement counts half."""
 SPEED_LEAST_S = 10.0
 """Engine-seconds under full load before a speed is believed."""
+TRUTH_HALF_LIFE_S = 1800.0
+TRUTH_LEAST, TRUTH_MOST = 10_000.0, 10.0
+"""Estimated tokens finished before estimates are corrected; by at most this factor."""
 START_WEIGHT = 0.3
 """Of the newest start in the mean of those seen."""
 START_DEFAULT_S = 60.0
@@ -19,7 +22,8 @@ START_DEFAULT_S = 60.0
 
 @dataclass(frozen=True)
 class Counts:
-    """What can be counted at `now_s`. Tokens are estimates as in the queue; counters only grow, apart from resets."""
+    """What can be counted at `now_s`. Tokens are estimates as in the queue, but for `processed`; counters only grow,
+    apart from resets."""
 
     now_s: float
     ready: int
@@ -27,7 +31,7 @@ class Counts:
     target: int
     """engines asked for"""
     processed: float
-    """tokens that engines have worked off, ever"""
+    """tokens that engines have worked off, ever, as they really were"""
     submitted: float
     """interactive tokens, ever"""
     interactive_waiting: float
@@ -36,6 +40,8 @@ class Counts:
     """batch tokens, queued and leased"""
     batch_waiting: float = 0.0
     """those of them that no engine has leased"""
+    finished: float = 0.0
+    """tokens of requests that have ended, ever"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,16 @@ class Meter:
     """since when engines that are not there yet are asked for, the oldest first"""
     start_s: float = START_DEFAULT_S
     starts: int = 0
+    done_tokens: float = 0.0
+    done_estimate: float = 0.0
+    """of what was worked off lately: tokens as they were, and as they had been estimated"""
+
+    @property
+    def truth(self) -> float:
+        """Tokens that one estimated token turns out to be: answers are often shorter than they were allowed to be."""
+        if self.done_estimate < TRUTH_LEAST:
+            return 1.0
+        return min(TRUTH_MOST, max(1 / TRUTH_MOST, self.done_tokens / self.done_estimate))
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -77,21 +93,21 @@ def measured(meter: Meter, now: Counts) -> Meter:
         if came:
             meter = replace(meter, interactive_s=now.now_s)
         weight = 1 - math.exp(-passed_s / RATE_WINDOW_S)
-        meter = _speed(meter, before, now)
+        meter = _truth(_speed(meter, before, now), before, now)
         meter = replace(meter, rate=meter.rate + weight * (came / passed_s - meter.rate))
     return replace(meter, last=now)
 
 
 def seen(meter: Meter, now: Counts) -> Seen:
-    """What the policy looks at."""
+    """What the policy looks at: estimates corrected by what came of earlier ones."""
     return Seen(
         now_s=now.now_s,
         ready=now.ready,
         target=now.target,
-        interactive_rate=meter.rate,
-        interactive_waiting=now.interactive_waiting,
+        interactive_rate=meter.rate * meter.truth,
+        interactive_waiting=now.interactive_waiting * meter.truth,
         interactive_idle_s=now.now_s - meter.interactive_s,
-        due=now.due,
+        due=tuple(Due(one.tokens * meter.truth, one.deadline_s) for one in now.due),
         tokens_per_s=meter.tokens_per_s,
         start_s=meter.start_s,
     )
@@ -106,6 +122,16 @@ def _speed(meter: Meter, before: Counts, now: Counts) -> Meter:
     engine_s = now.ready * (now.now_s - before.now_s)
     kept = 0.5 ** (engine_s / SPEED_HALF_LIFE_S)
     return replace(meter, busy_tokens=kept * meter.busy_tokens + done, busy_s=kept * meter.busy_s + engine_s)
+
+
+def _truth(meter: Meter, before: Counts, now: Counts) -> Meter:
+    done, estimate = now.processed - before.processed, now.finished - before.finished
+    if done < 0 or estimate < 0:
+        return meter
+    kept = 0.5 ** ((now.now_s - before.now_s) / TRUTH_HALF_LIFE_S)
+    return replace(
+        meter, done_tokens=kept * meter.done_tokens + done, done_estimate=kept * meter.done_estimate + estimate
+    )
 
 
 def _starts(meter: Meter, now: Counts) -> Meter:

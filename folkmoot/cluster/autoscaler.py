@@ -54,6 +54,7 @@ def counts(demand: Demand, work: Work, engines: Mapping[str, EngineState], targe
         target=target,
         processed=work.total,
         submitted=demand.submitted,
+        finished=demand.finished,
         interactive_waiting=demand.interactive.waiting_tokens,
         interactive_running=demand.interactive.running_tokens,
         due=tuple(Due(one.tokens, one.deadline_s) for one in demand.due),

@@ -35,6 +35,8 @@ class World:
     """standard deviation of speeds and start-up times, as a part of them"""
     first_token_s: float = 0.3
     """time to the first token of a request that does not wait"""
+    estimate: float = 1.0
+    """what the queue takes a token for, before it is known how long answers really are"""
     step_s: float = 5.0
     """between two looks of the policy"""
     seed: int = 0
@@ -183,17 +185,19 @@ class _Run:
         )
 
     def _counts(self) -> Counts:
-        due = tuple(Due(job.left, job.deadline_s) for job in self.jobs)
+        k = self.world.estimate
+        due = tuple(Due(k * job.left, job.deadline_s) for job in self.jobs)
         return Counts(
             now_s=self.now_s,
             ready=self.fleet.ready,
             target=self.fleet.target,
             processed=self.processed,
-            submitted=self.submitted,
-            interactive_waiting=self.submitted - self.served,
+            submitted=k * self.submitted,
+            interactive_waiting=k * (self.submitted - self.served),
             interactive_running=0.0,
             due=due,
             batch_waiting=sum(d.tokens for d in due),
+            finished=k * self.processed,
         )
 
     def _arrive(self, until_s: float) -> None:

@@ -53,12 +53,19 @@ def write(path: Path, trace: Iterable[Arrival]) -> None:
             rows.writerow((repr(a.time_s), a.lane, repr(a.tokens), deadline, a.requests))
 
 
-def day(seed: int = 0, requests_per_s: float = 6.0, batches: int = 8, hours: float = 24.0) -> list[Arrival]:
+def day(
+    seed: int = 0,
+    requests_per_s: float = 6.0,
+    batches: int = 8,
+    hours: float = 24.0,
+    due_h: tuple[float, float] = (8.0, 12.0),
+) -> list[Arrival]:
     """A day from midnight on, drawn with `seed`. Interactive requests come as a Poisson process whose rate follows the
     sun (a twentieth of the peak at 4 h, `requests_per_s` at 16 h), with bursts of some minutes; batches come from 17 h
-    to 23 h and are due in the morning, but for one that is due within two hours. Both have log-normal sizes."""
+    to 23 h and are due `due_h` later, but for one that is due within two hours. Both have log-normal sizes."""
     draw = random.Random(seed)
-    return sorted((*_interactive(draw, requests_per_s, hours), *_batches(draw, batches, hours)), key=lambda a: a.time_s)
+    arrivals = (*_interactive(draw, requests_per_s, hours), *_batches(draw, batches, hours, due_h))
+    return sorted(arrivals, key=lambda a: a.time_s)
 
 
 def _interactive(draw: random.Random, peak: float, hours: float) -> Iterable[Arrival]:
@@ -72,7 +79,7 @@ def _interactive(draw: random.Random, peak: float, hours: float) -> Iterable[Arr
             yield Arrival(time_s, "interactive", round(draw.lognormvariate(6.0, 0.8)) + 1)
 
 
-def _batches(draw: random.Random, count: int, hours: float) -> Iterable[Arrival]:
+def _batches(draw: random.Random, count: int, hours: float, due_h: tuple[float, float]) -> Iterable[Arrival]:
     for number in range(count):
         requests = round(draw.lognormvariate(9.5, 0.6))
         tokens = requests * draw.uniform(300, 1200)
@@ -80,7 +87,7 @@ def _batches(draw: random.Random, count: int, hours: float) -> Iterable[Arrival]
             time_s, deadline_s = hours * 3600 * draw.uniform(0.4, 0.6), 2 * 3600.0
             tokens, requests = tokens / 4, max(1, requests // 4)
         else:
-            time_s, deadline_s = hours * 3600 * draw.uniform(17 / 24, 23 / 24), draw.uniform(8, 12) * 3600
+            time_s, deadline_s = hours * 3600 * draw.uniform(17 / 24, 23 / 24), draw.uniform(*due_h) * 3600
         yield Arrival(time_s, "batch", round(tokens), deadline_s, requests)
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from folkmoot.gateway.keys import LANES
+from folkmoot.gateway.keys import LANES, Lane
 from folkmoot.gateway.queue import Load
 from folkmoot.gateway.store import Store
 
@@ -65,6 +65,8 @@ class Demand:
     batch: Load
     submitted: int
     """interactive tokens, ever"""
+    finished: int
+    """tokens of requests that have ended, of both lanes, ever"""
     due: tuple[Owed, ...]
     """of the batch lane: in the queue, leased, and kept outside"""
     outside: float
@@ -96,9 +98,9 @@ class Demands:
 
     async def read(self, model: str) -> Demand:
         """Everything that is owed now."""
-        loads = {lane: await self._load(model, lane) for lane in LANES}
         keys = self._store.keys
-        submitted = await self._store.command("HGET", keys.load(model, "interactive"), "submitted_tokens")
+        loads = {lane: await self._load(model, lane) for lane in LANES}
+        submitted = {lane: await self._submitted(model, lane) for lane in LANES}
         args = (model, "batch", MOST_LOOKED_AT, int(DEADLINE_STEP_S * 1000))
         length, looked, *pairs = await self._store.command("EVAL", OWED, 1, keys.root, *args)
         more = length / looked if looked else 1.0
@@ -107,7 +109,8 @@ class Demands:
         return Demand(
             interactive=loads["interactive"],
             batch=loads["batch"],
-            submitted=int(submitted or 0),
+            submitted=submitted["interactive"],
+            finished=sum(submitted.values()) - sum(o.waiting_tokens + o.running_tokens for o in loads.values()),
             due=(*queued, *outside),
             outside=sum(one.tokens for one in outside),
         )
@@ -148,7 +151,10 @@ class Demands:
         facts: dict[str, Any] = json.loads(text) if text else {}
         return facts
 
-    async def _load(self, model: str, lane: Any) -> Load:
+    async def _submitted(self, model: str, lane: Lane) -> int:
+        return int(await self._store.command("HGET", self._store.keys.load(model, lane), "submitted_tokens") or 0)
+
+    async def _load(self, model: str, lane: Lane) -> Load:
         names = tuple(asdict(Load()))
         values = await self._store.command("HMGET", self._store.keys.load(model, lane), *names)
         return Load(**{name: int(value or 0) for name, value in zip(names, values, strict=True)})

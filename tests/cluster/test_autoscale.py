@@ -174,6 +174,16 @@ def test_a_changed_speed_is_found_out() -> None:
     assert meter.tokens_per_s == pytest.approx(50.0, rel=0.05)
 
 
+def test_estimates_are_corrected_by_what_came_of_earlier_ones() -> None:
+    half = [counts(float(t), processed=500.0 * t, finished=1000.0 * t, due=(Due(80.0, 9.0),)) for t in range(0, 60, 5)]
+    early, late = look(Meter(), *half[:2]), look(Meter(), *half)
+    assert early.truth == 1.0, "too little has finished"
+    assert late.truth == pytest.approx(0.5, rel=0.01)
+    assert seen(late, half[-1]).due == (Due(pytest.approx(40.0, rel=0.01), 9.0),)  # type: ignore[arg-type]
+    cancelled = look(Meter(), counts(0.0), counts(5.0, finished=1e9))
+    assert cancelled.truth == 0.1, "work that ended without an engine does not make the rest vanish"
+
+
 def test_counters_that_begin_anew_measure_nothing() -> None:
     full = [counts(t, processed=100.0 * t, batch_waiting=1.0, submitted=7.0 * t) for t in range(0, 40, 5)]
     meter = look(Meter(), *full, counts(40, processed=0.0, submitted=0.0, batch_waiting=1.0))
@@ -217,11 +227,13 @@ def test_work_is_counted_over_engines_that_come_and_go() -> None:
 
 
 def test_what_is_counted_of_the_store_and_the_engines() -> None:
-    demand = Demand(Load(1, 10, 2, 20), Load(3, 300, 1, 50), 99, (Owed(330.0, 5000.0), Owed(70.0, math.inf)), 70.0)
+    demand = Demand(
+        Load(1, 10, 2, 20), Load(3, 300, 1, 50), 99, 1234, (Owed(330.0, 5000.0), Owed(70.0, math.inf)), 70.0
+    )
     engines = {"a": engine("a", 5), "b": engine("b", 0, "loading"), "c": engine("c", 0, "stopping")}
     assert shell_counts(demand, Work(12), engines, 2, 1000.0) == Counts(
         now_s=1000.0, ready=1, target=2, processed=12, submitted=99, interactive_waiting=10, interactive_running=20,
-        due=(Due(330.0, 5000.0), Due(70.0, math.inf)), batch_waiting=370,
+        due=(Due(330.0, 5000.0), Due(70.0, math.inf)), batch_waiting=370, finished=1234,
     )  # fmt: skip
 
 

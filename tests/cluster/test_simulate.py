@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def test_a_day_meets_every_deadline_at_nearly_the_least_engine_hours(seed: int) 
     _, fleet = smallest_fixed(trace, world, 16, max(1.0, outcome.ttft_s(0.99)))
     assert outcome.misses == 0 and outcome.deadlines == 8 and outcome.unfinished_tokens < 1
     assert 1.0 <= outcome.engine_hours / least < 1.2
+    doubled = run(trace, Autoscaled(Limits(0, 16)), replace(world, estimate=2.0))
+    assert doubled.misses == 0 and doubled.engine_hours / least < 1.2, "estimates that are too high are found out"
     assert outcome.engine_hours < 0.7 * fleet.engine_hours
 
 

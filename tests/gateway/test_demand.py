@@ -53,6 +53,7 @@ async def test_owed_is_what_waits_and_what_is_leased_and_lacks(queue: RequestQue
     demand = await demands.read(MODEL.name)
     assert sum(one.tokens for one in demand.due) == 42
     assert demand.submitted == 7, "what was submitted stays so"
+    assert demand.finished == 107
 
 
 async def test_a_long_queue_is_looked_at_in_part_and_counted_as_a_whole(queue: RequestQueue) -> None:
