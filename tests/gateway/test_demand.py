@@ -122,8 +122,6 @@ async def test_a_request_waits_for_an_engine_to_start(
     async with EchoEngine(queue):
         pieces = [piece async for piece in call]
     assert sum(len(piece.token_ids) for piece in pieces) == 3
-    await Demands(queue.store).withdraw()
-    await until(ends_early)
 
 
 async def knows(queue: RequestQueue) -> bool:
