@@ -22,6 +22,10 @@ KEYS = {
     },
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
     "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
+    "autoscale": {
+        *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
+        *("tokens_different", "from_zero_first_token_s"),
+    },
 }
 MUST_BE_ZERO = {
     "batch": ("missing", "doubled", "different"),
@@ -29,6 +33,7 @@ MUST_BE_ZERO = {
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
     "chaos": ("violations", "leaks"),
     "lanes": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
+    "autoscale": ("deadline_misses", "leased_work_killed", "tokens_different"),
 }
 """These hold on any machine, however busy."""
 
@@ -49,5 +54,8 @@ def test_quick_preset(name: str, tmp_path: Path) -> None:
     assert {key: figures[key] for key in MUST_BE_ZERO.get(name, ())} == dict.fromkeys(MUST_BE_ZERO.get(name, ()), 0)
     if name == "chaos":
         assert figures["faults"] == figures["faults_planned"] and figures["requests"] > figures["faults"]
+    if name == "autoscale":
+        assert figures["engine_hours_over_oracle"] < 1.2 and figures["engine_hours_over_fixed_fleet"] < 1
+        assert figures["engines_most"] == 2 and figures["engines_taken_with_work"] >= 1, "the fault has happened"
     if name == "exactness":
         assert figures["max_abs_dlogprob_vs_vllm_fp32"] <= 1e-6
