@@ -27,7 +27,6 @@ from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
 HEARD_S = 0.2
-WARM_MODULE = "folkmoot.experts.warm"
 COMMAND = (sys.executable, "-m", "folkmoot.cluster.cli")
 
 T = TypeVar("T")
@@ -37,6 +36,7 @@ class Role(StrEnum):
     """What a process of a cluster is."""
 
     HOST = "expert host"
+    TEMPLATE = "host template"
     ACTOR = "expert actor"
     ENGINE = "engine"
     CORE = "engine core"
@@ -48,6 +48,9 @@ class Role(StrEnum):
 
 
 TITLES = {
+    Role.HOST: "folkmoot::ExpertHost",
+    Role.TEMPLATE: "folkmoot::HostTemplate",
+    Role.ENGINE: "folkmoot::Engine",
     Role.ACTOR: "ray::ExpertActor",
     Role.CORE: "VLLM::EngineCore",
     Role.REPLICA: "ray::ServeReplica",
@@ -163,14 +166,10 @@ class Cluster:
             found = [pid for pid, (_, command) in table.items() if TITLES[role] in command]
             own = [p.pid for p in self._own.values() if p.poll() is None] if role is Role.GATEWAY else []
             return sorted(found + own)
-        # What a warm parent forked has its command line, and is not its child any more once it has died.
+        # What a warm parent forks has its command line, until it calls itself something else.
         assert self.state.run_dir is not None
         warm = int(warm_files.pid_file(Path(self.state.run_dir) / "warm.sock").read_text())
-        if role is Role.WARM:
-            return [warm] if warm in table else []
-        forked = [pid for pid, (_, command) in table.items() if WARM_MODULE in command and pid != warm]
-        engines = {parent for parent, command in table.values() if TITLES[Role.CORE] in command}
-        return sorted(pid for pid in forked if (pid in engines) == (role is Role.ENGINE))
+        return [warm] if warm in table else []
 
     def all_pids(self) -> list[int]:
         """Every process of the cluster."""

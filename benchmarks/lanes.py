@@ -81,6 +81,8 @@ class Seen:
     gaps_s: list[float] = field(default_factory=list)
     batch_gaps_s: list[float] = field(default_factory=list)
     batch_tokens: int = 0
+    busy_s: float = 0.0
+    """with an interactive request there"""
     seconds: float = 0.0
 
 
@@ -130,7 +132,18 @@ def note(seen: Seen, people: Sequence[Answer], batch: Sequence[Answer], since_s:
             seen.gaps_s += _gaps(answer, since_s, until_s)
     for answer in batch:
         seen.batch_gaps_s += _gaps(answer, since_s, until_s)
+    seen.busy_s += _covered_s(people, since_s, until_s)
     seen.seconds += until_s - since_s
+
+
+def _covered_s(answers: Sequence[Answer], since_s: float, until_s: float) -> float:
+    """The part of a span of time in which at least one of these was under way."""
+    total, covered_until = 0.0, since_s
+    for answer in sorted(answers, key=lambda a: a.asked_s):
+        end = min(until_s, max(answer.arrivals_s, default=until_s))
+        total += max(0.0, end - max(answer.asked_s, covered_until))
+        covered_until = max(covered_until, end)
+    return total
 
 
 def _gaps(answer: Answer, since_s: float, until_s: float) -> list[float]:
@@ -152,6 +165,7 @@ def figures_of(outcome: Outcome) -> dict[str, object]:
         **figures,
         "batch_tokens_s_alone": alone_s,
         "batch_throughput_retained": both.batch_tokens / both.seconds / alone_s,
+        "interactive_share_of_time": both.busy_s / both.seconds,
         "batch_step_ms": 1e3 * percentile(outcome.batch.batch_gaps_s, 50),
         "requests": account.requests,
         "requests_failed": account.failed,
@@ -160,8 +174,10 @@ def figures_of(outcome: Outcome) -> dict[str, object]:
     }
 
 
-COLUMNS = ("ttft_p50_ratio", "ttft_p99_ratio", "itl_p50_ratio", "itl_p99_ratio", "batch_throughput_retained",
-           "batch_tokens_s_alone", "batch_step_ms", "tokens_different", "requests_failed")  # fmt: skip
+COLUMNS = (
+    *("ttft_p50_ratio", "ttft_p99_ratio", "itl_p50_ratio", "itl_p99_ratio", "batch_throughput_retained"),
+    *("interactive_share_of_time", "batch_tokens_s_alone", "batch_step_ms", "tokens_different", "requests_failed"),
+)
 
 
 def main() -> None:

@@ -12,9 +12,16 @@ import redis
 
 from benchmarks.clusters import Cluster
 
+PROCESSES, DESCRIPTORS = "processes ", "file descriptors of "
 MEMFD = re.compile(r"/memfd:(folkmoot[^ ]*)")
 MEMORY_SLACK = 0.10
 """Allocators and caches warm up: memory that has grown by less than this share is not called a leak."""
+
+DESCRIPTOR_SLACK = 4
+"""A process: pools keep as many connections as were once in use at the same time. A leak with each fault is more."""
+
+RAYS_OWN = ("/ray/_private/", "/ray/dashboard/", "/ray/core/", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's daemons: their files and connections are Ray's to look after."""
 
 Snapshot = Mapping[str, int]
 
@@ -26,8 +33,8 @@ def take(cluster: Cluster) -> Snapshot:
     segments: set[tuple[str, int]] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            counts[f"processes {_title(pid)}"] += 1
-            counts[f"file descriptors of {_title(pid)}"] += len(os.listdir(f"/proc/{pid}/fd"))
+            counts[PROCESSES + _title(pid)] += 1
+            counts[DESCRIPTORS + _title(pid)] += _descriptors(pid)
             counts["memory bytes"] += _pss(pid)
             segments |= _segments(pid)
     for name, _ in segments:
@@ -42,10 +49,17 @@ def leaks(before: Snapshot, after: Snapshot) -> list[str]:
     found = []
     for name, number in sorted(after.items()):
         had = before.get(name, 0)
-        limit = had * (1 + MEMORY_SLACK) if name == "memory bytes" else had
-        if number > limit:
+        if number > _limit(name, had, before):
             found.append(f"{name}: {had} before, {number} after")
     return found
+
+
+def _limit(name: str, had: int, before: Snapshot) -> float:
+    if name == "memory bytes":
+        return had * (1 + MEMORY_SLACK)
+    if name.startswith(DESCRIPTORS):
+        return had + DESCRIPTOR_SLACK * before.get(name.replace(DESCRIPTORS, PROCESSES), 0)
+    return had
 
 
 def settled_leaks(cluster: Cluster, before: Snapshot, timeout_s: float) -> list[str]:
@@ -62,6 +76,27 @@ def _title(pid: int) -> str:
     if words and "::" in words[0]:
         return words[0].split(".")[0]
     return next((w for w in words if w.startswith("folkmoot.") or w.endswith(".py")), words[0] if words else "?")
+
+
+def _descriptors(pid: int) -> int:
+    """Open files of a process. Of an actor, without what Ray opens in it: logs, and connections to other actors, which
+    it keeps a while after those have died."""
+    title = _title(pid)
+    if any(part in title for part in RAYS_OWN):
+        return 0
+    names = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(link))
+    if not title.startswith("ray::"):
+        return len(names)
+    of_ray = {f"socket:[{inode}]" for inode in _tcp_inodes(pid)}
+    return sum(name not in of_ray and not name.endswith((".log", ".out", ".err")) for name in names)
+
+
+def _tcp_inodes(pid: int) -> set[str]:
+    lines = [line for kind in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]]
+    return {line.split()[9] for line in lines}
 
 
 def _pss(pid: int) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, cli_batch, cli_keys, interrupts
+from folkmoot.cluster import cli_admin, cli_batch, cli_keys, cli_simulate, interrupts
 from folkmoot.cluster.cli_common import (
+    SPAN,
     F,
     Failure,
     access,
@@ -50,7 +51,10 @@ def main() -> None:
     """
 
 
-for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_batch.batch, cli_keys.keys):
+for command in (
+    *(cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll),
+    *(cli_batch.batch, cli_keys.keys, cli_simulate.simulate),
+):
     main.add_command(command)
 
 
@@ -79,11 +83,25 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
 
 @main.command()
 @click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
-@click.option("--engines", type=click.IntRange(1), default=UpOptions.engines, show_default=True, help="vLLM engines")
+@click.option(
+    "--engines",
+    type=SPAN,
+    default=str(UpOptions.engines),
+    show_default=True,
+    help="vLLM engines; with MIN..MAX (0..4) as many as the work that is owed asks for, one to begin with",
+)
+@click.option(
+    "--idle-s",
+    type=click.FloatRange(0),
+    default=UpOptions.idle_s,
+    show_default=True,
+    help="with --engines 0..MAX: the last engine stays for so long after the last interactive request",
+)
 @click.option(
     "--hosts",
-    type=click.IntRange(1),
-    help="expert hosts to spread the experts over  [default: 2, or as many as --replicas]",
+    type=SPAN,
+    help="expert hosts to spread the experts over; with MIN..MAX more come when the busiest is the bottleneck  "
+    "[default: 2, or as many as --replicas]",
 )
 @click.option(
     "--experts-per-host",
@@ -102,6 +120,12 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
     default=UpOptions.share_weights,
     help="the expert hosts of a node keep experts in memory that they share, once a node: replicas cost no memory, and "
     "a host that is started again finds its experts there  [default: on a CPU]",
+)
+@click.option(
+    "--templates/--no-templates",
+    default=UpOptions.templates,
+    help="keep a process for each expert host that has loaded its experts, so that its next life is forked from that "
+    "within milliseconds; without shared weights it holds a copy of them  [default: where weights are shared]",
 )
 @click.option(
     "--placement",
@@ -226,6 +250,14 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
 )
 @click.option("--gpus-per-host", type=float, default=UpOptions.gpus_per_host, show_default=True)
 @click.option(
+    "--cpus-per-engine",
+    type=float,
+    default=UpOptions.cpus_per_engine,
+    show_default=True,
+    help="share of a CPU that Ray reserves for an engine; what no node has room for makes Ray's autoscaler add one",
+)
+@click.option("--gpus-per-engine", type=float, default=UpOptions.gpus_per_engine, show_default=True)
+@click.option(
     "--max-experts-per-host",
     type=click.IntRange(1),
     metavar="K",
@@ -244,9 +276,15 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
       folkmoot up --model demo
       folkmoot up --model demo --hosts 4 --replicas 2        lose any host, and go on
       folkmoot up --model ~/models/mixtral --experts-per-host 1 --detach
+      folkmoot up --model ~/models/mixtral --engines 0..4    as many engines as work asks for
       folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
       folkmoot up --model demo --listen 0.0.0.0:50051 --require-keys --tls-cert tls.crt --tls-key tls.key
     """
+    for name in ("engines", "hosts"):
+        if (span := options[name]) is not None:
+            options |= {name: span.least, f"most_{name}": None if span.least == span.most else span.most}
+    if options["hosts"] == 0:
+        raise click.UsageError("--hosts must be at least 1")
     chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster.cli_common import F, Failure, access, address_of, console, gateway_options
+from folkmoot.cluster.autoscale import Limits
+from folkmoot.cluster.cli_common import SPAN, F, Failure, access, address_of, console, gateway_options
 from folkmoot.gateway.admin_client import AdminClient
 from folkmoot.gateway.client_errors import FolkmootError
 from folkmoot.gateway.pb import admin_pb2 as pb
@@ -31,21 +32,28 @@ def _waiting(command: F) -> F:
 
 @click.command()
 @click.argument("target", type=click.Choice(["hosts", "engines", "replicas"]))
-@click.argument("count", type=click.IntRange(1))
+@click.argument("count", type=SPAN)
 @_waiting
-def scale(target: str, count: int, **where: Any) -> None:
+def scale(target: str, count: Limits, **where: Any) -> None:
     """Set the number of expert hosts, engines, or replicas of each expert, while requests run.
 
     More hosts take experts over from those that there are; of fewer, the newest leave, once others have what they held.
     No request fails by it. Replicas of an expert are on different hosts, so there must be at least as many hosts.
+
+    With MIN..MAX there are as many engines as the work that is owed asks for, or as many hosts as keep the busiest one
+    from being the bottleneck.
 
     \b
     Examples:
       folkmoot scale hosts 4
       folkmoot scale replicas 2
       folkmoot scale engines 2 --no-wait
+      folkmoot scale engines 0..8
     """
-    _carry_out(lambda client, request_id: client.scale(target, count, request_id), **where)
+    if target == "replicas" and count.least != count.most:
+        raise click.UsageError("MIN..MAX is for engines and hosts; give the number of replicas")
+    most = 0 if count.least == count.most else count.most
+    _carry_out(lambda client, request_id: client.scale(target, count.least, request_id, most=most), **where)
 
 
 @click.command()

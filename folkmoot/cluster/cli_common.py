@@ -8,11 +8,33 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.state_file import StateFolder
 from folkmoot.gateway.api_keys import KEY
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Span(click.ParamType[Limits]):
+    """ "3", or "0..4"."""
+
+    name = "N|MIN..MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Limits:
+        """As limits: alike for a single number."""
+        if isinstance(value, Limits):
+            return value
+        least, _, most = str(value).partition("..")
+        if not (least.isdecimal() and (most or least).isdecimal()) or str(value).endswith(".."):
+            self.fail(f"{value!r} is neither a number nor MIN..MAX, such as 2 or 0..4", param, ctx)
+        limits = Limits(int(least), int(most or least))
+        if not limits.least <= limits.most or limits.most < 1:
+            self.fail(f"{value!r}: the most must be at least 1, and no less than the least", param, ctx)
+        return limits
+
+
+SPAN = _Span()
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from setproctitle import setproctitle
+
 from folkmoot.cluster.map_feed import MapFeedServer
 from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TITLE = "folkmoot::Engine"
+"""What such a process is called in a list of processes."""
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
 GIVE_BACK_S = 2.0
@@ -120,6 +124,7 @@ class MapState:
 
 def main(raw: dict[str, Any], control: Control) -> None:
     """Entry point in a process forked by the warm parent: load the model, report ready, serve until told to stop."""
+    setproctitle(TITLE)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     spec = EngineSpec(**raw)
     maps = MapState(spec, control)

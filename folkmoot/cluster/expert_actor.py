@@ -2,10 +2,11 @@
 
 No row passes through it. It forks a process from the node's warm parent for each life of the host, and holds its
 control channel: when the actor dies, the process sees end-of-file and exits; when the process dies, `closed` answers,
-and the expert router has the next life forked here, where everything for that is warm.
+and the expert router has the next life started here, forked from a template that has loaded already.
 """
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -15,13 +16,21 @@ from typing import Any, NoReturn
 
 import ray
 
+from folkmoot.cluster.host_template import Template
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.placement import as_placement
 from folkmoot.cluster.router_events import HostForked, HostLoad, HostReady
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.expert_map import HostAddress
-from folkmoot.experts.warm import Child
+from folkmoot.experts.warm import Child, WarmParent, WarmParentError
 
+log = logging.getLogger(__name__)
+
+HOST = "folkmoot.experts.host:main"
+TEMPLATE = 0
+"""In place of an incarnation: a template's files are named so."""
+TEMPLATE_TIMEOUT_S = 1.0
+"""How long a template may take to fork before the warm parent is asked instead."""
 LOAD_TIMEOUT_S = 600.0
 """How long a host may take to load its experts from disk."""
 
@@ -36,6 +45,7 @@ class _Process:
 
     forked: HostForked
     child: Child
+    threads: int
     ready: "asyncio.Future[HostReady]"
     closed: "asyncio.Future[str]"
 
@@ -58,18 +68,15 @@ class ExpertActor:
         self._host: str | None = None
         self._log = spec.log("host")
         self._processes: dict[int, _Process] = {}
+        self._template = Template(self._fork_template)
 
     async def start(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
-        """Fork a life of this host, which then loads its experts. Raises WarmParentError."""
+        """Fork a life of this host, which loads its experts unless a template has. Raises WarmParentError."""
         self._host, self._log = host, self._spec.log(host)
-        parent = await warm_parent(self._spec)
-        host_spec = self._host_spec(host, incarnation, columns, threads)
-        child = await asyncio.to_thread(
-            parent.spawn, "folkmoot.experts.host:main", host_spec, self._log, memory=self._memory()
-        )
+        child = await self._fork_life(self._host_spec(host, incarnation, columns, threads), columns, threads)
         loop = asyncio.get_running_loop()
         forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
-        process = _Process(forked, child, loop.create_future(), loop.create_future())
+        process = _Process(forked, child, threads, loop.create_future(), loop.create_future())
         self._processes[incarnation] = process
         threading.Thread(target=self._watch, args=(process, loop), name="host-watch", daemon=True).start()
         return forked
@@ -92,6 +99,25 @@ class ExpertActor:
         living = [p for _, p in sorted(self._processes.items()) if p.child.is_alive()]
         lives = tuple(p.ready.result() if _has_result(p.ready) else p.forked for p in living)
         return Description(self._host, ray.get_runtime_context().get_node_id(), lives)
+
+    async def _fork_life(self, host_spec: dict[str, Any], columns: Sequence[int], threads: int) -> Child:
+        template = self._template.parent(columns, threads)
+        if template is not None:
+            try:
+                return await asyncio.to_thread(template.spawn, HOST, host_spec, self._log, TEMPLATE_TIMEOUT_S)
+            except WarmParentError as e:
+                log.warning("%s", e)
+        return await self._fork(HOST, host_spec)
+
+    async def _fork(self, entry: str, host_spec: dict[str, Any]) -> Child:
+        parent = await warm_parent(self._spec)
+        return await asyncio.to_thread(parent.spawn, entry, host_spec, self._log, memory=self._memory())
+
+    async def _fork_template(self, columns: Sequence[int], threads: int) -> tuple[Child, WarmParent]:
+        assert self._host is not None
+        host_spec = self._host_spec(self._host, TEMPLATE, columns, threads)
+        child = await self._fork("folkmoot.experts.host:template", host_spec)
+        return child, WarmParent(Path(host_spec["unix_path"]))
 
     def _process(self, incarnation: int) -> _Process:
         if incarnation not in self._processes:
@@ -132,7 +158,7 @@ class ExpertActor:
         child = process.child
         try:
             ready = self._first_message(process)
-            loop.call_soon_threadsafe(process.ready.set_result, ready)
+            loop.call_soon_threadsafe(self._serves, process, ready)
             self._pass_loads_on(child, ready)
         except ExpertHostError as e:
             reason = str(e)
@@ -174,9 +200,16 @@ class ExpertActor:
                 counts = int(message["requests"]), int(message["rows"]), float(message["busy_s"])
                 router.report.remote(HostLoad(ready.host, ready.incarnation, *counts))
 
+    def _serves(self, process: _Process, ready: HostReady) -> None:
+        """On the event loop: a life is up."""
+        process.ready.set_result(ready)
+        if self._spec.templates:
+            self._template.want(ready.columns, process.threads)
+
     def _ended(self, process: _Process, reason: str) -> None:
         """On the event loop: whoever waits hears of it."""
         self._processes.pop(process.forked.incarnation)
+        process.child.close()
         self._socket(process.forked.host, process.forked.incarnation).unlink(missing_ok=True)
         if not process.ready.done():
             process.ready.set_exception(ExpertHostError(reason))

@@ -23,6 +23,7 @@ from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.state_file import ClusterState, StateFolder
+from folkmoot.cluster.wish import first_wish
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.settings import OPEN_WITHOUT_KEYS, is_local
@@ -38,8 +39,8 @@ TEND_EVERY_S = 1.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
-    *("name", "engines", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
-    *("max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
+    *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "device", "max_model_len"),
+    *("max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -58,13 +59,20 @@ class UpOptions:
     """checkpoint folder, or "demo" for the built-in model"""
     name: str = "default"
     engines: int = 1
+    most_engines: int | None = None
+    """None: exactly `engines`; else from so many to this, as work asks for"""
+    idle_s: float = ClusterSpec.idle_s
     hosts: int | None = None
     """expert hosts; None: from experts_per_host, else as few as the replicas allow, at least two"""
+    most_hosts: int | None = None
+    """None: their number stays; else the autoscaler may start so many"""
     experts_per_host: int | None = None
     replicas: int | None = None
     """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""
     share_weights: bool | None = None
     """None: on a CPU"""
+    templates: bool | None = None
+    """None: where weights are shared"""
     placement: str = "spread"
     listen: str = "127.0.0.1:50051"
     require_keys: bool = False
@@ -98,6 +106,8 @@ class UpOptions:
     """None: where it helps, with one engine on a CPU"""
     cpus_per_host: float = 0.1
     gpus_per_host: float = 0.0
+    cpus_per_engine: float = ClusterSpec.engine_cpus
+    gpus_per_engine: float = ClusterSpec.engine_gpus
     max_experts_per_host: int | None = None
     state_dir: Path | None = None
 
@@ -231,10 +241,13 @@ class Supervisor:
             hosts=hosts,
             replicas=replicas,
             share_weights=shares_weights(options),
+            templates=shares_weights(options) if options.templates is None else options.templates,
             several_nodes=options.address is not None,
             background_workers=self._background_workers(shape),
             host_cpus=options.cpus_per_host,
             host_gpus=options.gpus_per_host,
+            engine_cpus=options.cpus_per_engine,
+            engine_gpus=options.gpus_per_engine,
             **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
         )
 
@@ -243,7 +256,8 @@ class Supervisor:
         options = self.options
         if options.background_workers is not None:
             return options.background_workers
-        return options.device == "cpu" and options.engines == 1 and bool(shape.moe_layers)
+        most = options.engines if options.most_engines is None else options.most_engines
+        return options.device == "cpu" and most == 1 and bool(shape.moe_layers)
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
@@ -255,10 +269,11 @@ class Supervisor:
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 
     def _start_ray(self, spec: ClusterSpec) -> str:
-        wanted = spec.hosts * spec.host_cpus + spec.engines * spec.engine_cpus
+        engines = first_wish(spec).engine_limits.most
+        wanted = spec.hosts * spec.host_cpus + engines * spec.engine_cpus
         num_cpus = max(os.cpu_count() or 1, math.ceil(wanted))
         assert self._run_dir is not None
-        num_gpus = math.ceil(spec.hosts * spec.host_gpus + spec.engines * spec.engine_gpus) or None
+        num_gpus = math.ceil(spec.hosts * spec.host_gpus + engines * spec.engine_gpus) or None
         try:
             return ray_runtime.connect(self.options.address, spec.namespace, self._run_dir / "ray", num_cpus, num_gpus)
         except Exception as e:
@@ -277,7 +292,7 @@ class Supervisor:
                 self._mark("warm")
             if hosts == spec.hosts:
                 self._mark("hosts")
-            if engines == spec.engines:
+            if engines >= spec.first_engines:
                 self._mark("engines")
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
@@ -416,6 +431,6 @@ def _waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> st
     parts = []
     if hosts < spec.hosts:
         parts.append(f"expert hosts ({hosts} of {spec.hosts} ready)")
-    if engines < spec.engines:
-        parts.append(f"engines ({engines} of {spec.engines} ready)")
+    if engines < spec.first_engines:
+        parts.append(f"engines ({engines} of {spec.first_engines} ready)")
     return "loading " + " and ".join(parts) if parts else "waiting for the gateway"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.healing import is_settled, phase_of, troubles
 from folkmoot.cluster.router_state import RouterState
 from folkmoot.cluster.wish import Wish
@@ -32,17 +33,18 @@ def decide(command: Command, state: RouterState, capacity: int | None) -> Wish:
     wish = state.wish
     match command.kind, command.target:
         case "scale", "engines":
-            if command.count > MAX_ENGINES:
-                raise Refused(INVALID_ARGUMENT, f"count: must be at most {MAX_ENGINES} engines, is {command.count}")
-            return replace(wish, engines=command.count)
+            if (most := max(command.count, command.most)) > MAX_ENGINES:
+                raise Refused(INVALID_ARGUMENT, f"count: must be at most {MAX_ENGINES} engines, is {most}")
+            return replace(wish, engines=command.count, most_engines=command.most or None)
         case "roll", _:
             return replace(wish, engine_version=wish.engine_version + 1)
     if not state.num_columns:
         raise Refused(FAILED_PRECONDITION, "the model is dense: it has no experts, and needs no expert hosts")
     match command.kind, command.target:
         case "scale", "hosts":
-            _check_hosts(command.count, state)
-            following = wish.with_hosts(command.count)
+            limits = Limits(command.count, command.most or command.count)
+            following = resized(state, limits.clip(len(wish.open_hosts)), capacity)
+            return replace(following, host_limits=(limits.least, limits.most) if command.most else None)
         case "scale", "replicas":
             following = replace(wish, replicas=command.count)
             _check_replicas(command.count, wish)
@@ -56,6 +58,14 @@ def decide(command: Command, state: RouterState, capacity: int | None) -> Wish:
             return _drained(command, state, capacity)
         case _:
             raise Refused(INVALID_ARGUMENT, f"unknown command {command.kind!r}")
+    _check_room(sum(following.wanted(state.num_columns)), following, state, capacity)
+    return following
+
+
+def resized(state: RouterState, hosts: int, capacity: int | None) -> Wish:
+    """The wish with so many expert hosts. Raises Refused."""
+    _check_hosts(hosts, state)
+    following = state.wish.with_hosts(hosts)
     _check_room(sum(following.wanted(state.num_columns)), following, state, capacity)
     return following
 
@@ -108,12 +118,15 @@ def progress(command: Command, state: RouterState) -> Progress:
     wish = state.wish
     match command.kind, command.target:
         case "scale", "engines":
-            _still(wish.engines == command.count, "the number of engines")
+            asked = Limits(command.count, command.most or command.count)
+            _still(wish.engine_limits == asked, "the number of engines")
             return _engines(state)
         case "roll", _:
             return _engines(state)
         case "scale", "hosts":
-            _still(len(wish.open_hosts) == command.count, "the number of hosts")
+            asked_hosts = (command.count, command.most) if command.most else None
+            is_within = command.count <= len(wish.open_hosts) <= max(command.count, command.most)
+            _still(is_within and wish.host_limits == asked_hosts, "the number of hosts")
         case "scale", "replicas":
             _still(wish.replicas == command.count, "the number of replicas")
         case "replicate", _:
@@ -136,12 +149,15 @@ def _still(holds: bool, what: str) -> None:
 
 
 def _engines(state: RouterState) -> Progress:
-    """Whether exactly as many engines of the wished version are ready as there should be, and no other lives."""
-    wish = state.wish
+    """Whether as many engines of the wished version are ready as there should be, and no other lives. Within limits it
+    does not matter which of them are just coming or going."""
+    wish, limits = state.wish, state.wish.engine_limits
     current = [e for e in state.engines.values() if e.info.get("version", 0) == wish.engine_version]
     ready = sum(e.phase == "ready" for e in current)
     others = sum(e.phase != "dead" for e in state.engines.values()) - ready
-    done = ready == wish.engines and not others
-    return Progress(
-        done, f"{ready} of {wish.engines} engines ready" + (f", {others} coming or going" if others else "")
-    )
+    if limits.least != limits.most:
+        old = sum(e.phase != "dead" for e in state.engines.values()) - sum(e.phase != "dead" for e in current)
+        text = f"{ready} engines ready, {limits.least} to {limits.most} as work comes and goes"
+        return Progress(limits.least <= ready <= limits.most and not old, text)
+    done = ready == limits.most and not others
+    return Progress(done, f"{ready} of {limits.most} engines ready" + (f", {others} coming or going" if others else ""))

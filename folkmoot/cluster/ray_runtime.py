@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
+from folkmoot.cluster.wish import first_wish
 
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing but control messages goes through Ray, and this is about the least that it takes."""
@@ -86,21 +88,23 @@ class Deployment:
 
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-            deploy_engines(self._spec, self._spec.engines, 0, wait=True)
+            limits = first_wish(self._spec).engine_limits
+            deploy_engines(self._spec, limits, 0, wait=True, first=self._spec.first_engines)
         except Exception as e:
             self.error = e
 
 
-def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -> None:
+def deploy_engines(spec: ClusterSpec, limits: Limits, version: int, *, wait: bool, first: int | None = None) -> None:
     """Tell Serve how many engines there should be, of which version: another number starts or drains some, another
-    version replaces all, one by one, a new one first."""
+    version replaces all, one by one, a new one first. Within limits that differ it asks our policy from then on, and
+    begins with `first`, or with as many as there are."""
     from ray import serve
 
     from folkmoot.cluster.engine import Engine
 
     options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": _beside_store(spec)}
     engines = Engine.options(  # type: ignore[attr-defined]
-        num_replicas=count,
+        **_number(spec, limits, first),
         ray_actor_options=options,
         max_surge_percent=1,  # rounded up: one
         version=str(version),  # Serve would make up one, and so replace all engines at every change of their number
@@ -108,6 +112,28 @@ def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -
     )
     target = serve.RunTarget(target=engines.bind(spec, version), name=spec.app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
+
+
+def _number(spec: ClusterSpec, limits: Limits, first: int | None) -> dict[str, Any]:
+    """Serve's options for a fixed number of replicas, or for one that our policy decides. All waiting is done there."""
+    if limits.least == limits.most:
+        return {"num_replicas": limits.least, "autoscaling_config": None}
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    from folkmoot.cluster.autoscale_serve import EnginePolicy
+
+    policy = AutoscalingPolicy(
+        policy_function=EnginePolicy, policy_kwargs={"router": ROUTER, "namespace": spec.namespace}
+    )
+    config = AutoscalingConfig(
+        min_replicas=limits.least,
+        max_replicas=limits.most,
+        initial_replicas=first,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=policy,
+    )
+    return {"num_replicas": None, "autoscaling_config": config}
 
 
 def _beside_store(spec: ClusterSpec) -> dict[str, float]:

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from folkmoot.cluster.actor_pool import ActorPool
+from folkmoot.cluster.autoscaler import Autoscaler
 from folkmoot.cluster.healing import is_settled
 from folkmoot.cluster.operation_runner import OperationRunner
 from folkmoot.cluster.ray_runtime import deploy_engines
@@ -41,7 +42,7 @@ from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
 from folkmoot.cluster.router_state import initial
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.status import document
-from folkmoot.cluster.wish import Wish
+from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.operations import Operations
@@ -74,11 +75,12 @@ class ExpertRouter:
         self._actors = ActorPool(spec, self._slots)
         self._error: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._engines_deployed = (spec.engines, 0)
+        self._engines_deployed = (self._state.wish.engine_limits, 0)
+        self._autoscaler = Autoscaler(spec, self._store, lambda: self._state, self._change)
         self._operations = OperationRunner(
             spec, Operations(self._store), self._wishes, lambda: self._state, lambda wish: self.report(Wished(wish))
         )
-        for work in (self._run(), self._publish_status(), self._deploy_engines()):
+        for work in (self._run(), self._publish_status(), self._deploy_engines(), self._autoscaler.run()):
             self._keep(work)
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
@@ -108,7 +110,11 @@ class ExpertRouter:
 
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
-        return document(self._spec, self._state, self._error)
+        return document(self._spec, self._state, self._error, self._autoscaler.document())
+
+    def engines_wanted(self) -> int | None:
+        """How many engines the autoscaler finds right; None: it does not know yet."""
+        return self._autoscaler.engines
 
     def pid(self) -> int:
         """This actor's process."""
@@ -211,6 +217,11 @@ class ExpertRouter:
             reason = str(getattr(error, "cause", None) or error)
         await self.report(HostDied(host, incarnation, reason))
 
+    async def _change(self, wish: Wish) -> None:
+        """What the autoscaler asks for: saved before it is acted on, as operations are. Raises StoreError."""
+        await self._wishes.save(wish)
+        await self.report(Wished(wish))
+
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -228,7 +239,7 @@ class ExpertRouter:
         """For ever: tell Serve of another number or version of engines than it was told last."""
         while True:
             wish = self._state.wish
-            if (wanted := (wish.engines, wish.engine_version)) != self._engines_deployed:
+            if (wanted := (wish.engine_limits, wish.engine_version)) != self._engines_deployed:
                 try:
                     await asyncio.to_thread(deploy_engines, self._spec, *wanted, wait=False)
                     self._engines_deployed = wanted
@@ -250,8 +261,3 @@ class ExpertRouter:
             except StoreError as e:
                 log.warning("the status could not be written: %s", e)
             await asyncio.sleep(STATUS_EVERY_S)
-
-
-def first_wish(spec: ClusterSpec) -> Wish:
-    """What `folkmoot up` asked for."""
-    return Wish(spec.replicas, spec.engines, (spec.hosts,) if spec.hosts else ())

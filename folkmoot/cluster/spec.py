@@ -34,7 +34,15 @@ class ClusterSpec:
     secret: str = field(default_factory=secret.new, repr=False)
     """what engines and expert hosts prove to each other; Ray alone carries it, and each node keeps it in a file"""
     engines: int = 1
+    """to begin with: exactly so many, or at least, where there is a `most_engines`"""
+    most_engines: int | None = None
+    """None: no autoscaling"""
+    idle_s: float = 300.0
+    """how long the last engine stays after the last interactive request"""
     hosts: int = 2
+    """to begin with"""
+    most_hosts: int | None = None
+    """None: the autoscaler leaves their number alone"""
     replicas: int = 1
     placement: str = "spread"
     """"spread" or "pack": how Ray lays expert hosts over nodes"""
@@ -54,6 +62,9 @@ class ClusterSpec:
     combine: str = "rows"
     share_weights: bool = False
     """keep experts once a node, in memory that its hosts share (folkmoot.experts.weights)"""
+    templates: bool = False
+    """keep a process for each expert host that has loaded its experts, to fork its next life from
+    (folkmoot.cluster.host_template)"""
     stall_s: float = 1.0
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
     no_replica_timeout_s: float = 60.0
@@ -71,6 +82,11 @@ class ClusterSpec:
     engine_gpus: float = 0.0
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
+
+    @property
+    def first_engines(self) -> int:
+        """Engines that are started at first: one in any case, which shows that the model loads."""
+        return max(1, self.engines)
 
     @property
     def namespace(self) -> str:

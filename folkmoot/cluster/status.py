@@ -10,7 +10,7 @@ from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import expert_map as maps
 
 
-def document(spec: ClusterSpec, state: RouterState, error: str | None) -> dict[str, Any]:
+def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any]) -> dict[str, Any]:
     """The document: keys are stable, new ones may come. Times are Unix seconds, sizes bytes."""
     missing = maps.missing(state.expert_map)
     return {
@@ -28,6 +28,7 @@ def document(spec: ClusterSpec, state: RouterState, error: str | None) -> dict[s
             "missing": len(missing),
             "published": state.is_publishable,
         },
+        "autoscaling": scaling,
         "healing": [asdict(trouble) for trouble in troubles(state)],
         "hosts": [_host(h, state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
         "engines": [

@@ -64,6 +64,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
             console.print(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip(), markup=False)
     else:
         console.print("a dense model: no expert hosts")
+    if (scaling := document["autoscaling"])["least"] != scaling["most"]:
+        console.print(_scaling_line(scaling), markup=False)
     console.print(_engines_table(document["engines"]))
 
 
@@ -109,6 +111,11 @@ def _lanes_table(lanes: dict[str, dict[str, Any]]) -> Table:
             tenant = one["tenant"] if one["tenant"].isprintable() else repr(one["tenant"])
             table.add_row("", Text(tenant or "-"), *(str(one[name]) for name in names))
     return table
+
+
+def _scaling_line(facts: dict[str, Any]) -> str:
+    line = f"engines {facts['least']} to {facts['most']}, {facts['wanted']} wanted: {facts['reason']}"
+    return line + ("" if facts["late_s"] is None else "; a deadline cannot be met with the most engines")
 
 
 def _engines_table(engines: list[dict[str, Any]]) -> Table:

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from folkmoot.cluster.autoscale import Limits
+from folkmoot.cluster.spec import ClusterSpec
+
 
 @dataclass(frozen=True)
 class Place:
@@ -35,6 +38,15 @@ class Wish:
     columns: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     engine_version: int = 0
     """grows with each roll of the engines"""
+    most_engines: int | None = None
+    """None: exactly `engines`; else as many from there up to this as the autoscaler finds right"""
+    host_limits: tuple[int, int] | None = None
+    """fewest and most expert hosts, within which the autoscaler changes their number; None: it does not"""
+
+    @property
+    def engine_limits(self) -> Limits:
+        """Fewest and most engines."""
+        return Limits(self.engines, self.engines if self.most_engines is None else self.most_engines)
 
     def wanted(self, num_columns: int) -> tuple[int, ...]:
         """Replicas wanted of each column."""
@@ -94,4 +106,12 @@ class Wish:
         raw = json.loads(text)
         sets = {name: frozenset(raw.pop(name)) for name in ("closed", "drained", "forced")}
         columns = MappingProxyType({int(c): int(n) for c, n in raw.pop("columns")})
-        return Wish(**{**raw, **sets, "groups": tuple(raw["groups"]), "columns": columns})
+        limits = None if raw["host_limits"] is None else tuple(raw["host_limits"])
+        return Wish(**{**raw, **sets, "groups": tuple(raw["groups"]), "columns": columns, "host_limits": limits})
+
+
+def first_wish(spec: ClusterSpec) -> Wish:
+    """What `folkmoot up` asked for."""
+    groups = (spec.hosts,) if spec.hosts else ()
+    limits = None if spec.most_hosts is None else (spec.hosts, spec.most_hosts)
+    return Wish(spec.replicas, spec.engines, groups, most_engines=spec.most_engines, host_limits=limits)

@@ -7,28 +7,37 @@ that no engine's sending ever blocks behind a host's. Connections are accepted a
 
 import collections
 import ctypes
+import gc
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from setproctitle import setproctitle
 
 from folkmoot.experts import native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.greeter import Greeter
 from folkmoot.experts.node import node_id
-from folkmoot.experts.warm import Control, exit_with_owner
+from folkmoot.experts.warm import Control, exit_with_owner, serve_forks
 from folkmoot.experts.wire import Hello, WireError
+
+if TYPE_CHECKING:
+    from folkmoot.experts.vllm_api import HostedExperts
 
 log = logging.getLogger(__name__)
 
+TITLE, TEMPLATE_TITLE = "folkmoot::ExpertHost", "folkmoot::HostTemplate"
+"""What such a process is called in a list of processes."""
+ALONE_WITHIN_S = 5.0
 MAX_CONNECTIONS = 512
 MAX_AREA_BYTES = 2 << 30
 """What an engine may make one connection's rows take in each direction: headers count bytes in 32 bits."""
@@ -94,16 +103,13 @@ class Load:
 
 def main(spec: dict[str, Any], control: Control) -> None:
     """Entry point in a process forked by the warm parent: load, listen, report ready, serve until the owner goes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", force=True)
     exit_with_owner(control)
     host = HostSpec.from_dict(spec)
+    setproctitle(f"{TITLE} {host.host}")
     began = time.monotonic()
     torch.set_num_threads(host.threads)
-    from folkmoot.experts import vllm_api
-
-    hosted = vllm_api.load_experts(
-        Path(host.checkpoint), host.experts, dtype=host.dtype, device=host.device, memory_fd=host.memory_fd
-    )
+    hosted = _loaded.get(_content(host)) or _load(host)
     slots = {n: len(experts) for n, experts in host.experts.items() if experts}
     server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: _report(control, load))
     address = server.listen()
@@ -115,6 +121,57 @@ def main(spec: dict[str, Any], control: Control) -> None:
     facts = {"bytes": hosted.bytes, "shared_bytes": hosted.shared_bytes, "load_s": load_s}
     control.send({"event": "ready", "address": asdict(address), **facts})
     server.serve()
+
+
+_loaded: dict[Any, "HostedExperts"] = {}
+"""What the template loaded from which this process was forked."""
+
+
+def template(spec: dict[str, Any], control: Control) -> None:
+    """Entry point in a process forked by the warm parent: load, and fork hosts that need not load any more.
+
+    `spec` is a HostSpec, whose `unix_path` is where forks are asked for. Nothing here may start a thread that stays.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s template %(levelname)s %(message)s")
+    host = HostSpec.from_dict(spec)
+    setproctitle(f"{TEMPLATE_TITLE} {host.host}")
+    # In a thread of its own: one that has given its priority away may not take it back.
+    loading = threading.Thread(target=_load_quietly, args=(host,), name="load")
+    loading.start()
+    loading.join()
+    if not _loaded:
+        raise RuntimeError("loading failed; the log says why")
+    gc.collect()
+    gc.freeze()  # as in the warm parent
+    _check_alone()
+    serve_forks(Path(host.unix_path), control, lambda: control.send({"event": "template"}))
+
+
+def _load_quietly(host: HostSpec) -> None:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    torch.set_num_threads(1)
+    _loaded[_content(host)] = _load(host)
+
+
+def _check_alone() -> None:
+    """A thread beside this one would not be in a fork, and what it holds would be locked there for ever."""
+    until = time.monotonic() + ALONE_WITHIN_S
+    while len(threads := os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > until:
+            raise RuntimeError(f"loading has left {len(threads) - 1} threads behind: no host can be forked from here")
+        time.sleep(0.01)
+
+
+def _content(host: HostSpec) -> tuple[object, ...]:
+    return host.checkpoint, host.dtype, host.device, tuple(sorted((n, tuple(es)) for n, es in host.experts.items()))
+
+
+def _load(host: HostSpec) -> "HostedExperts":
+    from folkmoot.experts import vllm_api
+
+    return vllm_api.load_experts(
+        Path(host.checkpoint), host.experts, dtype=host.dtype, device=host.device, memory_fd=host.memory_fd
+    )
 
 
 def _report(control: Control, load: Load) -> None:

@@ -124,6 +124,13 @@ class Child:
         """The child's next message; None after the time-out; EOFError once it is dead."""
         return self.control.receive(timeout_s)
 
+    @property
+    def pidfd(self) -> int:
+        """A descriptor that becomes readable when the process ends. ProcessLookupError where it is not watched."""
+        if self._pidfd is None:
+            raise ProcessLookupError(f"process {self.pid} has ended")
+        return self._pidfd
+
     def is_alive(self) -> bool:
         """Whether the process still runs (a zombie does not)."""
         return not self.wait(0)
@@ -137,6 +144,13 @@ class Child:
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, sig)
+
+    def close(self) -> None:
+        """Close the control channel, which ends the child, and forget the process: it counts as ended from now on."""
+        self.control.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
 
 class WarmParent:
@@ -232,11 +246,14 @@ def main(argv: list[str] | None = None) -> None:
         vllm_api.preimport()
     gc.freeze()  # a collection in a child would touch, and so copy, every inherited page
     log.info("imported in %.1f s, %d threads", time.monotonic() - began, threading.active_count())
-    _serve(args.socket, args.with_parent)
+    serve_forks(args.socket, sys.stdin if args.with_parent else None)
 
 
-def _serve(socket_path: Path, with_parent: bool) -> None:
-    """Accept one request a connection; fork; go on. The socket file appears only now, when children are cheap."""
+def serve_forks(socket_path: Path, owner: Any = None, on_listening: Callable[[], None] = lambda: None) -> None:
+    """Accept one request a connection; fork; go on, until `owner`, anything with a fileno, says something or is gone.
+
+    The socket file appears only now, when children are cheap. No other thread may run.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel; owners watch a pidfd
     with contextlib.suppress(FileNotFoundError):
@@ -245,19 +262,21 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
     listener.bind(str(socket_path))
     socket_path.chmod(0o600)
     listener.listen(64)
-    owner: list[Any] = [sys.stdin.fileno()] if with_parent else []
+    on_listening()
+    owners = [] if owner is None else [owner]
+    not_for_child = [listener, *(o for o in owners if o.fileno() > 2)]  # standard streams are replaced there
     waiting: dict[Control, float] = {}  # who has not said yet what it wants, and until when it may
     memory: dict[str, int] = {}
     try:
         while True:
-            ready = select.select([listener, *owner, *waiting], [], [], 1.0 if waiting else None)[0]
-            if owner and owner[0] in ready:
+            ready = select.select([listener, *owners, *waiting], [], [], 1.0 if waiting else None)[0]
+            if owner is not None and owner in ready:
                 return
             if listener in ready and (control := _accept(listener)) is not None:
                 waiting[control] = time.monotonic() + REQUEST_TIMEOUT_S
             late = [c for c, until in waiting.items() if time.monotonic() > until or c is _oldest_of_many(waiting)]
             for control in {*ready, *late} & waiting.keys():
-                if control in late or _answer(control, [listener, *waiting], memory):
+                if control in late or _answer(control, [*not_for_child, *waiting], memory):
                     del waiting[control]
                     control.hang_up()
     finally:

@@ -39,7 +39,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.Operation:
         """Hosts, engines or replicas."""
-        command = Command("scale", target=TARGETS.get(request.target, ""), count=request.count)
+        target = TARGETS.get(request.target, "")
+        command = Command("scale", target=target, count=request.count, most=request.most)
         return await self._submit(request.request_id, command, context)
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.Operation:
@@ -88,7 +89,13 @@ def _faults(request_id: str, command: Command) -> Iterator[Fault]:
         yield "target", "must be HOSTS, ENGINES or REPLICAS"
     if command.kind == "drain" and not 1 <= len(command.host) <= 128:
         yield "host", "must be the name of an expert host"
-    if command.kind in ("scale", "replicate") and not 1 <= command.count <= MAX_COUNT:
+    if command.most and command.target not in ("engines", "hosts"):
+        yield "most", f"must be left out unless target is ENGINES or HOSTS, is {command.most}"
+    elif command.most and command.target == "hosts" and command.count < 1:
+        yield "count", f"must be at least 1 for HOSTS, is {command.count}"
+    elif command.most and not command.count <= command.most <= MAX_COUNT:
+        yield "most", f"must be between count ({command.count}) and {MAX_COUNT}, is {command.most}"
+    elif command.kind in ("scale", "replicate") and not command.most and not 1 <= command.count <= MAX_COUNT:
         name = "count" if command.kind == "scale" else "replicas"
         yield name, f"must be between 1 and {MAX_COUNT}, is {command.count}"
 

@@ -42,9 +42,9 @@ class AdminClient:
         """Close the connection."""
         self._channel.close()
 
-    def scale(self, target: str, count: int, request_id: str = "") -> pb.Operation:
-        """`target` is "hosts", "engines" or "replicas"."""
-        request = pb.ScaleRequest(target=target.upper(), count=count)
+    def scale(self, target: str, count: int, request_id: str = "", *, most: int = 0) -> pb.Operation:
+        """`target` is "hosts", "engines" or "replicas". `most`: as many as work asks for, from `count` on."""
+        request = pb.ScaleRequest(target=target.upper(), count=count, most=most)
         return self._submit(self._stub.Scale, request, request_id)
 
     def drain(self, host: str, *, force: bool = False, request_id: str = "") -> pb.Operation:

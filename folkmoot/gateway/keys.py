@@ -60,7 +60,8 @@ class Keys:
         return f"{self.root}:past:{model}:{lane}"
 
     def load(self, model: str, lane: Lane) -> str:
-        """Hash: {waiting,running}_{requests,tokens}; and floor, the shares that a new tenant begins with."""
+        """Hash: {waiting,running}_{requests,tokens}; floor, the shares that a new tenant begins with; and
+        submitted_tokens, which only grows."""
         return f"{self.root}:load:{model}:{lane}"
 
     def tenant_load(self, model: str, lane: Lane) -> str:
@@ -114,6 +115,19 @@ class Keys:
     def cluster(self) -> str:
         """String with a TTL: the cluster's status document."""
         return f"{self.root}:cluster"
+
+    def owed(self, model: str) -> str:
+        """Hash: who keeps work outside the queue -> [tokens, deadline (Unix s) or null, until when that holds]."""
+        return f"{self.root}:owed:{model}"
+
+    def measured(self, model: str) -> str:
+        """String: what the autoscaler found out of this model's engines."""
+        return f"{self.root}:measured:{model}"
+
+    @property
+    def scaling(self) -> str:
+        """String with a TTL: an autoscaler lives, and what it does."""
+        return f"{self.root}:scaling"
 
     @property
     def wish(self) -> str:

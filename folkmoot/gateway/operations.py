@@ -32,8 +32,8 @@ class UnknownOperation(GatewayError):
 
 @dataclass(frozen=True)
 class Command:
-    """What is asked for. `kind`: "scale" (target "hosts", "engines" or "replicas"; count), "drain" (host, force),
-    "replicate" (expert, count) or "roll" (the engines)."""
+    """What is asked for. `kind`: "scale" (target "hosts", "engines" or "replicas"; count; not of replicas also count to
+    most), "drain" (host, force), "replicate" (expert, count) or "roll" (the engines)."""
 
     kind: str
     target: str = ""
@@ -41,6 +41,7 @@ class Command:
     host: str = ""
     expert: int = 0
     force: bool = False
+    most: int = 0
 
 
 @dataclass(frozen=True)

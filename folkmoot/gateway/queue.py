@@ -54,6 +54,7 @@ class Submission:
     grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
     gateway: str = ""  # whom to push its journal to
     limits: Limits = NO_LIMITS  # of the request's tenant
+    queue_timeout_s: float | None = None  # it ends when no engine took it for so long; None: as in the settings
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class RequestQueue:
                 min(one.request.sampling.max_tokens, one.cost),
                 str(s.tenant_weights.get(one.request.tenant, 1.0)),
                 _ms(one.remaining_s),
-                _ms(s.queue_timeout_s),
+                _ms(s.queue_timeout_s if one.queue_timeout_s is None else one.queue_timeout_s),
                 _ms(one.grace_s),
                 _ms(s.retention_s),
                 s.max_waiting_requests,

@@ -1,7 +1,9 @@
 """Whether requests can be served now: engines say it in the store, gateways read it there. Nobody else is asked.
 
 An engine is *ready* while it runs and its expert map has a live replica of every expert. It says so every BEAT_S, and
-at once when it changes; what a killed engine said last holds for READY_S at most.
+at once when it changes; what a killed engine said last holds for READY_S at most. Where an autoscaler may go down to no
+engine at all, requests are welcome without one: if gateways were not ready then, nothing would ever be sent that an
+engine could be started for.
 """
 
 import asyncio
@@ -9,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.queue import RequestQueue
 
@@ -48,12 +51,20 @@ async def ready_engines(queue: RequestQueue) -> dict[str, str]:
     return {engine: model for (engine, model), ready in zip(engines.items(), said, strict=True) if ready}
 
 
+async def is_ready(queue: RequestQueue) -> bool:
+    """Whether a request that comes now is served, at once or by an engine that is started for it. Raises StoreError."""
+    if await ready_engines(queue):
+        return True
+    scaling = await Demands(queue.store).scaling()
+    return scaling is not None and scaling.accepts
+
+
 async def watch(queue: RequestQueue, on_change: Callable[[bool], Awaitable[None]], every_s: float = 1.0) -> None:
-    """A gateway's side: tell whether an engine is ready, first now and then at each change, until cancelled."""
+    """A gateway's side: tell whether requests are served, first now and then at each change, until cancelled."""
     last: bool | None = None
     while True:
         try:
-            now = bool(await ready_engines(queue))
+            now = await is_ready(queue)
         except StoreError:
             now = False
         if now != last:

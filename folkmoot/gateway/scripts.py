@@ -73,6 +73,7 @@ for i = 2, #ARGV, 16 do
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
       line_up(r)
+      redis.call('HINCRBY', root .. ':load:' .. model .. ':' .. lane, 'submitted_tokens', cost)
       fed[model] = true
       out[#out + 1] = 'ok'
     end

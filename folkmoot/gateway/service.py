@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from folkmoot.gateway import status
+from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
 from folkmoot.gateway.loads import lane_loads, total
@@ -24,6 +25,7 @@ from folkmoot.gateway.validate import InvalidRequest, check, check_id, choose_mo
 log = logging.getLogger(__name__)
 
 MODELS_FRESH_S = 1.0  # how long a gateway trusts its copy of the model records
+STARTS_WAITED = 3  # a request waits for so many starts of an engine, where engines come and go
 
 LATE = status.Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
 
@@ -39,6 +41,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         self._reader = reader
         self._models: dict[str, ModelRecord] = {}
         self._models_read_s = -MODELS_FRESH_S
+        self._queue_timeout_s = settings.queue.queue_timeout_s
         self._background: set[asyncio.Task[None]] = set()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -142,6 +145,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             grace_s=grace_s,
             gateway=self._reader.gateway,
             limits=who.limits,
+            queue_timeout_s=self._queue_timeout_s,
         )
 
     async def _stream(self, stream: Stream, context: Context, ends_s: float, request_id: str) -> None:
@@ -201,6 +205,9 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         age_s = time.monotonic() - self._models_read_s
         if age_s > MODELS_FRESH_S or not self._models or (wanted and wanted not in self._models):
             self._models = await self._queue.models()
+            scaling = await Demands(self._queue.store).scaling()
+            starts_s = STARTS_WAITED * scaling.start_s if scaling is not None else 0.0
+            self._queue_timeout_s = max(self._settings.queue.queue_timeout_s, starts_s)
             self._models_read_s = time.monotonic()
         return self._models
 

@@ -21,7 +21,10 @@ from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of
 from tests.gateway.certs import Authority
 
-COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll", "keys"]
+COMMANDS = [
+    *("up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll", "keys"),
+    *("batch", "simulate"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

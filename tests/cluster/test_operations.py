@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.operations import Refused, decide, progress
 from folkmoot.cluster.router_events import EngineReported, Tick, Wished, apply
 from folkmoot.cluster.router_plan import DRAIN_S
@@ -59,6 +60,7 @@ def test_a_wish_is_read_back_as_it_was_written() -> None:
         (Command("scale", "hosts", 9), 9, "count: 9 hosts are more than 8 replicas"),
         (Command("scale", "replicas", 4), 9, "replicas: 4 need as many hosts, there are 3"),
         (Command("scale", "engines", 65), 3, "count: must be at most 64 engines, is 65"),
+        (Command("scale", "engines", 0, most=65), 3, "count: must be at most 64 engines, is 65"),
         (Command("replicate", expert=4, count=1), 3, "expert: must be below 4.*is 4"),
         (Command("replicate", expert=3, count=4), 9, "replicas: 4 need as many hosts"),
         (Command("drain", host="host-7"), 5, "no expert host 'host-7'; there are host-0, host-1, host-2"),
@@ -135,3 +137,29 @@ def test_engines_are_done_when_all_are_ready_and_none_is_left_over() -> None:
         rolled = apply(EngineReported(engine, "dead"), rolled)
     assert progress(Command("roll"), rolled).done
     assert replace(rolled.wish, engine_version=0) == state.wish
+
+
+def test_engines_within_limits_come_and_go() -> None:
+    """Any number of them will do, as long as it is within limits and none is of an old version."""
+    command = Command("scale", "engines", 1, most=3)
+    state = wished(running(), command)
+    assert state.wish.engine_limits == Limits(1, 3)
+    assert not progress(command, state).done
+    state = apply(EngineReported("a", "ready", 1, {"version": 0}), state)
+    assert progress(command, state).done
+    coming = apply(EngineReported("b", "loading", 2, {"version": 0}), state)
+    assert progress(command, coming).done
+    rolled = wished(state, Command("roll"))
+    assert not progress(Command("roll"), rolled).done
+    rolled = apply(EngineReported("c", "ready", 3, {"version": 1}), rolled)
+    assert not progress(Command("roll"), rolled).done
+    rolled = apply(EngineReported("a", "dead"), apply(EngineReported("a", "stopping"), rolled))
+    assert progress(Command("roll"), rolled).done
+    with pytest.raises(Refused, match="a later operation changed the number of engines"):
+        progress(command, wished(rolled, Command("scale", "engines", 1)))
+    assert wished(rolled, Command("scale", "engines", 1)).wish.engine_limits == Limits(1, 1)
+
+
+def test_no_engine_at_all_is_as_it_should_be_where_none_is_needed() -> None:
+    command = Command("scale", "engines", 0, most=3)
+    assert progress(command, wished(running(), command)).done

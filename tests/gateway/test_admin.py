@@ -81,6 +81,14 @@ async def test_a_refusal_is_the_calls_error(admin: admin_pb2_grpc.AdminStub, ope
     [
         ("Scale", pb.ScaleRequest(count=3), "target"),
         ("Scale", pb.ScaleRequest(target=pb.HOSTS, count=0), "count: must be between 1 and 4096"),
+        ("Scale", pb.ScaleRequest(target=pb.ENGINES, count=0), "count: must be between 1 and 4096, is 0"),
+        (
+            "Scale",
+            pb.ScaleRequest(target=pb.ENGINES, count=3, most=2),
+            "most: must be between count .3. and 4096, is 2",
+        ),
+        ("Scale", pb.ScaleRequest(target=pb.REPLICAS, count=1, most=2), "most: must be left out unless target is"),
+        ("Scale", pb.ScaleRequest(target=pb.HOSTS, count=0, most=2), "count: must be at least 1 for HOSTS, is 0"),
         ("Replicate", pb.ReplicateRequest(expert=1, replicas=5000), "replicas: must be between 1 and 4096, is 5000"),
         ("Drain", pb.DrainRequest(), "host"),
         ("Scale", pb.ScaleRequest(target=pb.HOSTS, count=1, request_id="a b"), "request_id"),

@@ -82,6 +82,7 @@ class DispatchingLoader(DefaultModelLoader):
         opaque = replaced(MoERunner, _opaque) if compiled else nullcontext()
         with replaced(RoutedExperts, _dispatching), opaque:
             model: torch.nn.Module = super().create_model(vllm_config, model_config, prefix)
+        rest_groups_of_one()
         return model
 
     def get_all_weights(
@@ -170,6 +171,5 @@ def current_dispatcher() -> Dispatch:
     if _dispatcher is None:
         if _make_dispatcher is None:
             raise RuntimeError("folkmoot.experts.vllm_api.install has not been called in this process")
-        rest_groups_of_one()
         _dispatcher = _make_dispatcher()
     return _dispatcher

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66olkmoot/gateway/pb/admin.proto\x12\x0b\x66olkmoot.v1\"[\n\x0cScaleRequest\x12(\n\x06target\x18\x01 \x01(\x0e\x32\x18.folkmoot.v1.ScaleTarget\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"?\n\x0c\x44rainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"H\n\x10ReplicateRequest\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"(\n\x12RollEnginesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\x13GetOperationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x94\x01\n\tOperation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.folkmoot.v1.OperationState\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\r\x12\x14\n\x0csubmitted_ms\x18\x05 \x01(\x04\x12\x12\n\nupdated_ms\x18\x06 \x01(\x04*Q\n\x0bScaleTarget\x12\x1c\n\x18SCALE_TARGET_UNSPECIFIED\x10\x00\x12\t\n\x05HOSTS\x10\x01\x12\x0b\n\x07\x45NGINES\x10\x02\x12\x0c\n\x08REPLICAS\x10\x03*i\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x01\x12\r\n\tUNDER_WAY\x10\x02\x12\r\n\tSUCCEEDED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x32\xd5\x02\n\x05\x41\x64min\x12:\n\x05Scale\x12\x19.folkmoot.v1.ScaleRequest\x1a\x16.folkmoot.v1.Operation\x12:\n\x05\x44rain\x12\x19.folkmoot.v1.DrainRequest\x1a\x16.folkmoot.v1.Operation\x12\x42\n\tReplicate\x12\x1d.folkmoot.v1.ReplicateRequest\x1a\x16.folkmoot.v1.Operation\x12\x46\n\x0bRollEngines\x12\x1f.folkmoot.v1.RollEnginesRequest\x1a\x16.folkmoot.v1.Operation\x12H\n\x0cGetOperation\x12 .folkmoot.v1.GetOperationRequest\x1a\x16.folkmoot.v1.Operationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66olkmoot/gateway/pb/admin.proto\x12\x0b\x66olkmoot.v1\"i\n\x0cScaleRequest\x12(\n\x06target\x18\x01 \x01(\x0e\x32\x18.folkmoot.v1.ScaleTarget\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0c\n\x04most\x18\x04 \x01(\r\"?\n\x0c\x44rainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"H\n\x10ReplicateRequest\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"(\n\x12RollEnginesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\x13GetOperationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x94\x01\n\tOperation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.folkmoot.v1.OperationState\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\r\x12\x14\n\x0csubmitted_ms\x18\x05 \x01(\x04\x12\x12\n\nupdated_ms\x18\x06 \x01(\x04*Q\n\x0bScaleTarget\x12\x1c\n\x18SCALE_TARGET_UNSPECIFIED\x10\x00\x12\t\n\x05HOSTS\x10\x01\x12\x0b\n\x07\x45NGINES\x10\x02\x12\x0c\n\x08REPLICAS\x10\x03*i\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x01\x12\r\n\tUNDER_WAY\x10\x02\x12\r\n\tSUCCEEDED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x32\xd5\x02\n\x05\x41\x64min\x12:\n\x05Scale\x12\x19.folkmoot.v1.ScaleRequest\x1a\x16.folkmoot.v1.Operation\x12:\n\x05\x44rain\x12\x19.folkmoot.v1.DrainRequest\x1a\x16.folkmoot.v1.Operation\x12\x42\n\tReplicate\x12\x1d.folkmoot.v1.ReplicateRequest\x1a\x16.folkmoot.v1.Operation\x12\x46\n\x0bRollEngines\x12\x1f.folkmoot.v1.RollEnginesRequest\x1a\x16.folkmoot.v1.Operation\x12H\n\x0cGetOperation\x12 .folkmoot.v1.GetOperationRequest\x1a\x16.folkmoot.v1.Operationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'folkmoot.gateway.pb.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCALETARGET']._serialized_start=516
-  _globals['_SCALETARGET']._serialized_end=597
-  _globals['_OPERATIONSTATE']._serialized_start=599
-  _globals['_OPERATIONSTATE']._serialized_end=704
+  _globals['_SCALETARGET']._serialized_start=530
+  _globals['_SCALETARGET']._serialized_end=611
+  _globals['_OPERATIONSTATE']._serialized_start=613
+  _globals['_OPERATIONSTATE']._serialized_end=718
   _globals['_SCALEREQUEST']._serialized_start=48
-  _globals['_SCALEREQUEST']._serialized_end=139
-  _globals['_DRAINREQUEST']._serialized_start=141
-  _globals['_DRAINREQUEST']._serialized_end=204
-  _globals['_REPLICATEREQUEST']._serialized_start=206
-  _globals['_REPLICATEREQUEST']._serialized_end=278
-  _globals['_ROLLENGINESREQUEST']._serialized_start=280
-  _globals['_ROLLENGINESREQUEST']._serialized_end=320
-  _globals['_GETOPERATIONREQUEST']._serialized_start=322
-  _globals['_GETOPERATIONREQUEST']._serialized_end=363
-  _globals['_OPERATION']._serialized_start=366
-  _globals['_OPERATION']._serialized_end=514
-  _globals['_ADMIN']._serialized_start=707
-  _globals['_ADMIN']._serialized_end=1048
+  _globals['_SCALEREQUEST']._serialized_end=153
+  _globals['_DRAINREQUEST']._serialized_start=155
+  _globals['_DRAINREQUEST']._serialized_end=218
+  _globals['_REPLICATEREQUEST']._serialized_start=220
+  _globals['_REPLICATEREQUEST']._serialized_end=292
+  _globals['_ROLLENGINESREQUEST']._serialized_start=294
+  _globals['_ROLLENGINESREQUEST']._serialized_end=334
+  _globals['_GETOPERATIONREQUEST']._serialized_start=336
+  _globals['_GETOPERATIONREQUEST']._serialized_end=377
+  _globals['_OPERATION']._serialized_start=380
+  _globals['_OPERATION']._serialized_end=528
+  _globals['_ADMIN']._serialized_start=721
+  _globals['_ADMIN']._serialized_end=1062
 # @@protoc_insertion_point(module_scope)

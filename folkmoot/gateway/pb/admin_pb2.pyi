@@ -30,14 +30,16 @@ SUCCEEDED: OperationState
 FAILED: OperationState
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("target", "count", "request_id")
+    __slots__ = ("target", "count", "request_id", "most")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
     target: ScaleTarget
     count: int
     request_id: str
-    def __init__(self, target: _Optional[_Union[ScaleTarget, str]] = ..., count: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    most: int
+    def __init__(self, target: _Optional[_Union[ScaleTarget, str]] = ..., count: _Optional[int] = ..., request_id: _Optional[str] = ..., most: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("host", "force", "request_id")

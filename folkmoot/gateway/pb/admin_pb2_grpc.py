@@ -65,7 +65,8 @@ class AdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Scale(self, request, context):
-        """Sets the number of expert hosts, of replicas of each expert, or of engines.
+        """Sets the number of expert hosts, of replicas of each expert, or of engines; or limits within which the autoscaler
+        sets that of hosts or engines.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
