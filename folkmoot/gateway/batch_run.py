@@ -18,6 +18,7 @@ from folkmoot.gateway.batch_answers import joined
 from folkmoot.gateway.batch_check import FileCheck
 from folkmoot.gateway.batch_store import Answer, BatchLease, BatchStore, Result
 from folkmoot.gateway.batch_translate import Asked, Translation
+from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, LimitReached, LostBatch, QueueFull, RequestIdTaken, StoreError
 from folkmoot.gateway.limits import NO_LIMITS
 from folkmoot.gateway.pb import batch_input_pb2
@@ -32,6 +33,7 @@ RESULTS_A_CALL, RESULT_BYTES_A_CALL = 256, 4 << 20
 MAX_IN_QUEUE = 4096  # lines of one batch
 MAX_AGAIN = 5
 RATE_S = 30.0
+OWE_EVERY_S = 5.0
 ABORTED, DEADLINE_EXCEEDED, UNAVAILABLE = 10, 4, 14
 ASK_AGAIN = (ABORTED, UNAVAILABLE)
 EXPIRED = ("batch_expired", "the completion window was over before this line was answered")
@@ -80,6 +82,8 @@ class BatchRun:
         self._read_all = False
         self._status, self._ends_s = "", 0.0
         self._looked_s = 0.0
+        self._demands, self._estimates, self._unread = Demands(queue.store), dict[str, int](), 0
+        self._deadline_s = self._owes_again_s = 0.0
         self._pace = Pace()
 
     async def run(self) -> None:
@@ -88,6 +92,7 @@ class BatchRun:
         try:
             await self._renew()
             batch = await self._batches.get(self._lease.batch_id)
+            self._deadline_s = batch.deadline_ms / 1000
             self._total, self._limits = batch.total, await self._batches.limits(self._lease)
             self._translation = Translation(batch.id, batch.endpoint, batch.tenant, self._default_answer_tokens)
             beat = asyncio.create_task(self._beat())
@@ -138,23 +143,31 @@ class BatchRun:
         if faults := found.faults():
             self._status = await move(self._lease, "validating", "failed", faults=json.dumps(faults))
         else:
-            self._status = await move(self._lease, "validating", "in_progress", estimated=found.estimated_tokens)
+            tokens: dict[str, str | int] = {
+                "estimated": found.estimated.total(),
+                "estimates": json.dumps(found.estimated),
+            }
+            self._status = await move(self._lease, "validating", "in_progress", **tokens)
 
     async def _work(self) -> None:
         """Until each line has its result, or time is up, or it is cancelled."""
         lines = self._undone()
+        self._unread = self._total - await self._num_done()
+        self._estimates = await self._batches.estimates(self._lease)
         while self._status == "in_progress" and time.monotonic() < self._ends_s:
             await self._fill(lines)
             await self._collect()
             await self._flush()
             if self._read_all and not self._asked and not self._waiting:
-                return
+                break
+            if time.monotonic() >= self._owes_again_s:
+                await self._owe(self._unread)
             await asyncio.sleep(POLL_S)
+        await self._owe(0)
 
     async def _end(self) -> None:
         if self._status == "in_progress":
-            complete = await self._is_complete()
-            outcome = "completed" if complete else "expired"
+            outcome = "completed" if await self._num_done() >= self._total else "expired"
             self._status = await self._batches.move(self._lease, "in_progress", "finalizing", outcome=outcome)
         if self._status == "finalizing":
             if (outcome := await self._batches.outcome(self._lease)) == "expired":
@@ -164,8 +177,15 @@ class BatchRun:
             await self._settle(*CANCELLED)
             self._status = await self._batches.move(self._lease, "cancelling", "cancelled")
 
-    async def _is_complete(self) -> bool:
-        return sum(byte.bit_count() for byte in await self._batches.done(self._lease)) >= self._total
+    async def _num_done(self) -> int:
+        return sum(byte.bit_count() for byte in await self._batches.done(self._lease))
+
+    async def _owe(self, lines: int) -> None:
+        """Tell autoscalers how many lines are not in the queue yet, in tokens."""
+        self._owes_again_s = time.monotonic() + OWE_EVERY_S
+        for model, tokens in self._estimates.items():
+            left = tokens * lines / self._total
+            await self._demands.owe(model, f"batch:{self._lease.batch_id}", left, self._deadline_s)
 
     async def _settle(self, code: str, message: str) -> None:
         """Each line that has no result gets one: its answer where that is there already, else this error."""
@@ -225,6 +245,7 @@ class BatchRun:
         if self._waiting:
             return self._waiting.popleft()
         async for index, line in lines:
+            self._unread -= 1
             asked = self._translation.prepared(index, line, self._models)
             if isinstance(asked, Asked):
                 return asked

@@ -180,6 +180,11 @@ class BatchStore:
         found: bytes = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "limits")
         return Limits(**json.loads(found))
 
+    async def estimates(self, lease: BatchLease) -> dict[str, int]:
+        """Estimated tokens by model; nothing before the file was validated."""
+        found: bytes | None = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "estimates")
+        return dict(json.loads(found)) if found else {}
+
     async def outcome(self, lease: BatchLease) -> str:
         """How a batch that is finalizing ends: completed or expired."""
         found: bytes = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "outcome")
