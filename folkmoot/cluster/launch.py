@@ -119,9 +119,10 @@ class Supervisor:
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
         self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
-        hosts, replicas = num_hosts_and_replicas(self.options, shape.num_experts)
+        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before anything is started
         self._start_warm_parent()
-        self.spec = self._make_spec(model_path, shape, hosts, replicas, self._start_store())
+        files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
+        self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), **files)
         self._start_gateway(self.spec)
         self._tell("starting Ray")
         ray_address = self._start_ray(self.spec)
@@ -198,35 +199,6 @@ class Supervisor:
         asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
         return self._store.url if alone else self._store.tcp_url
 
-    def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, replicas: int, redis: str) -> ClusterSpec:
-        options = self.options
-        return ClusterSpec(
-            model_path=str(model_path),
-            model="demo" if options.model == "demo" else model_path.name,
-            architecture=shape.architecture,
-            moe_layers=shape.moe_layers,
-            num_experts=shape.num_experts,
-            redis=redis,
-            store_namespace=_namespace(options),
-            run_dir=str(self._run_dir),
-            log_dir=str(self.folder.logs),
-            hosts=hosts,
-            replicas=replicas,
-            share_weights=shares_weights(options),
-            several_nodes=options.address is not None,
-            background_workers=self._background_workers(shape),
-            host_cpus=options.cpus_per_host,
-            host_gpus=options.gpus_per_host,
-            **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
-        )
-
-    def _background_workers(self, shape: "ModelShape") -> bool:
-        """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
-        options = self.options
-        if options.background_workers is not None:
-            return options.background_workers
-        return options.device == "cpu" and options.engines == 1 and bool(shape.moe_layers)
-
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
@@ -260,7 +232,7 @@ class Supervisor:
                 self._mark("engines")
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
-            self._tell(_waiting_for(spec, status, warm="warm" in self._timings_s))
+            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s))
             interrupts.check()
             time.sleep(POLL_S)
 
@@ -291,6 +263,39 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._state = self._state.with_(**changes)
         self.folder.write(self._state)
+
+
+def make_spec(
+    options: UpOptions, model_path: Path, shape: "ModelShape", *, redis: str, run_dir: str, log_dir: str
+) -> ClusterSpec:
+    """What was asked for, with everything decided that was left open. Raises StartError, PlacementError."""
+    hosts, replicas = num_hosts_and_replicas(options, shape.num_experts)
+    return ClusterSpec(
+        model_path=str(model_path),
+        model="demo" if options.model == "demo" else model_path.name,
+        architecture=shape.architecture,
+        moe_layers=shape.moe_layers,
+        num_experts=shape.num_experts,
+        redis=redis,
+        store_namespace=_namespace(options),
+        run_dir=run_dir,
+        log_dir=log_dir,
+        hosts=hosts,
+        replicas=replicas,
+        share_weights=shares_weights(options),
+        several_nodes=options.address is not None,
+        background_workers=_background_workers(options, shape),
+        host_cpus=options.cpus_per_host,
+        host_gpus=options.gpus_per_host,
+        **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
+    )
+
+
+def _background_workers(options: UpOptions, shape: "ModelShape") -> bool:
+    """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
+    if options.background_workers is not None:
+        return options.background_workers
+    return options.device == "cpu" and options.engines == 1 and bool(shape.moe_layers)
 
 
 def shares_weights(options: UpOptions) -> bool:
@@ -372,7 +377,8 @@ def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_r
         raise StartError(f"Ray Serve did not start the engines: {deployment.error}")
 
 
-def _waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
+def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
+    """What a cluster that comes up still lacks, in words."""
     if not warm:
         return "importing vLLM, once for all processes"
     hosts = sum(h["alive"] for h in status["hosts"])

@@ -56,12 +56,17 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
     return str(context.address_info["address"])
 
 
-def start_router(spec: ClusterSpec) -> Any:
-    """The expert router's actor: detached, so that it outlives the command that started it."""
+def start_router(spec: ClusterSpec, *, get_if_exists: bool = False) -> Any:
+    """The expert router's actor: detached, so that it outlives the command that started it. ValueError where it exists,
+    unless that one will do."""
     from folkmoot.cluster.router import ExpertRouter
 
     actor = ExpertRouter.options(  # type: ignore[attr-defined]
-        name=ROUTER, namespace=spec.namespace, lifetime="detached", resources=_beside_store(spec)
+        name=ROUTER,
+        namespace=spec.namespace,
+        lifetime="detached",
+        get_if_exists=get_if_exists,
+        resources={**_beside_store(spec), **spec.router_resources},
     )
     return actor.remote(spec)
 
@@ -98,7 +103,8 @@ def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -
 
     from folkmoot.cluster.engine import Engine
 
-    options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": _beside_store(spec)}
+    resources = {**_beside_store(spec), **spec.engine_resources}
+    options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": resources}
     engines = Engine.options(  # type: ignore[attr-defined]
         num_replicas=count,
         ray_actor_options=options,

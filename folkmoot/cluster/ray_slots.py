@@ -48,6 +48,7 @@ class RaySlots:
         return {
             "num_cpus": self._spec.host_cpus,
             "num_gpus": self._spec.host_gpus,
+            "resources": dict(self._spec.host_resources),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[place.group], place.bundle),
         }
 
@@ -78,7 +79,11 @@ class RaySlots:
         try:
             return ray.util.get_placement_group(name)
         except ValueError:
-            bundle = {"CPU": spec.host_cpus, **({"GPU": spec.host_gpus} if spec.host_gpus else {})}
+            bundle = {
+                "CPU": spec.host_cpus,
+                **({"GPU": spec.host_gpus} if spec.host_gpus else {}),
+                **spec.host_resources,
+            }
             bundles = [dict(bundle) for _ in range(size)]
             return placement_group(bundles, spec.placement.upper(), name=name, lifetime="detached")
 

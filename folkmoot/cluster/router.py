@@ -110,6 +110,10 @@ class ExpertRouter:
         """What is where, alive, and how loaded: the status document as JSON data."""
         return document(self._spec, self._state, self._error)
 
+    def spec(self) -> ClusterSpec:
+        """What this cluster was started with."""
+        return self._spec
+
     def pid(self) -> int:
         """This actor's process."""
         return os.getpid()

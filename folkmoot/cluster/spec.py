@@ -1,6 +1,7 @@
 """What `folkmoot up` decides once, and hands to every actor as it is. Light: imported by all of them."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROUTER = "ExpertRouter"
@@ -59,6 +60,10 @@ class ClusterSpec:
     """no host is ever given more; None: any number"""
     engine_cpus: float = 0.1
     engine_gpus: float = 0.0
+    router_resources: Mapping[str, float] = field(default_factory=dict)
+    """custom Ray resources that the expert router asks of its node; alike below: so each finds its own kind of node"""
+    host_resources: Mapping[str, float] = field(default_factory=dict)
+    engine_resources: Mapping[str, float] = field(default_factory=dict)
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
 
