@@ -13,12 +13,14 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import click
 import ray
 from pydantic import TypeAdapter
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from folkmoot.cluster import ray_runtime
+from folkmoot.cluster.cli import up
 from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 
@@ -56,6 +58,12 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
     if unknown := sorted(set(arguments) - argument_names()):
         raise ValueError(f"unknown arguments: {', '.join(unknown)}; known ones: {', '.join(sorted(argument_names()))}")
     options: AppOptions = TypeAdapter(AppOptions).validate_python(arguments)
+    for option in up.params:  # its choices and ranges
+        if option.name in arguments:
+            try:
+                option.type(arguments[option.name], option)
+            except click.BadParameter as e:
+                raise ValueError(f"{option.name}: {e.message}") from e
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
     return options

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
-from folkmoot.cluster.spec import ClusterSpec
+from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.queue import RequestQueue
@@ -196,7 +196,7 @@ class Supervisor:
         alone = self.options.address is None  # then a unix socket is enough
         self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
         self._store.start()
-        asyncio.run(_forget_models(self._store.url, _namespace(self.options)))
+        asyncio.run(_forget_models(self._store.url, namespace_of(self.options.name)))
         return self._store.url if alone else self._store.tcp_url
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
@@ -277,7 +277,7 @@ def make_spec(
         moe_layers=shape.moe_layers,
         num_experts=shape.num_experts,
         redis=redis,
-        store_namespace=_namespace(options),
+        store_namespace=namespace_of(options.name),
         run_dir=run_dir,
         log_dir=log_dir,
         hosts=hosts,
@@ -343,10 +343,6 @@ def _leave(failure: str | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if failure else 0)
-
-
-def _namespace(options: UpOptions) -> str:
-    return "folkmoot" if options.name == "default" else f"folkmoot-{options.name}"
 
 
 async def _forget_models(url: str, namespace: str) -> None:

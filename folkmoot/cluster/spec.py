@@ -70,7 +70,7 @@ class ClusterSpec:
     @property
     def namespace(self) -> str:
         """Ray namespace of all actors of this cluster."""
-        return "folkmoot" if self.name == "default" else f"folkmoot-{self.name}"
+        return namespace_of(self.name)
 
     @property
     def app(self) -> str:
@@ -94,6 +94,11 @@ class ClusterSpec:
     def as_dict(self) -> dict[str, object]:
         """As JSON data."""
         return asdict(self)
+
+
+def namespace_of(name: str) -> str:
+    """Ray namespace of the cluster of this name."""
+    return "folkmoot" if name == "default" else f"folkmoot-{name}"
 
 
 def group_name(spec: ClusterSpec, group: int) -> str:
