@@ -21,7 +21,7 @@ from ray.serve.schema import ApplicationStatus
 
 from folkmoot.cluster import ray_runtime
 from folkmoot.cluster.cli import up
-from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, waiting_for
+from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def wanted_spec(options: AppOptions) -> ClusterSpec:
     path, shape = resolve_model(
         options.model, lambda message, fraction: log.info("%s (%.0f%%)", message, 100 * fraction)
     )
-    run_dir = f"/tmp/folkmoot-{secrets.token_hex(4)}"
+    run_dir = f"{short_temp()}/folkmoot-{secrets.token_hex(4)}"
     spec = make_spec(options, path, shape, redis=redis, run_dir=run_dir, log_dir=f"{run_dir}/logs")
     return replace(
         spec,

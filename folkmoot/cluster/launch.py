@@ -118,7 +118,7 @@ class Supervisor:
         processes.adopt_orphans()
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
+        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
         num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before anything is started
         self._start_warm_parent()
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
@@ -354,7 +354,7 @@ async def _forget_models(url: str, namespace: str) -> None:
     await store.close()
 
 
-def _short_temp() -> str:
+def short_temp() -> str:
     """Unix socket paths may have 107 bytes, and Ray's own are long."""
     return "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else tempfile.gettempdir()
 
