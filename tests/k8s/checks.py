@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import ray
 from pydantic import ValidationError
 from ray._private import ray_constants
 from ray.scripts.scripts import start as ray_start
-from ray.serve.schema import ServeDeploySchema
 
-from folkmoot.cluster import app
 from folkmoot.cluster.engine import Engine
-from folkmoot.gateway.keys import LANES, Keys
 from folkmoot.gateway.server import CUT_S, READY, SERVICE
 from folkmoot.gateway.settings import GatewaySettings
+from tests.k8s.checks_serve import serve_problems
 from tests.k8s.manifests import (
     Object,
     containers,
@@ -31,10 +28,8 @@ from tests.k8s.manifests import (
     of_kind,
     pods,
     probes,
-    ray_resources,
     ray_service,
     secrets_made,
-    serve_config,
 )
 
 RAY_PORTS = {
@@ -204,14 +199,13 @@ def _source(package: str) -> bytes:
 
 
 def variable_problems(objects: list[Object]) -> list[str]:
-    """Environment variables that nobody reads. Ray's C++ settings are read as RAY_<name>."""
+    """Environment variables that nobody reads."""
     found = []
     for name, container in containers(objects):
         for variable in (entry["name"] for entry in container.get("env", [])):
-            bare = variable.removeprefix("RAY_").encode()
-            is_rays = variable.startswith("RAY_") and bare in _source("ray")
-            is_ours = variable.startswith("FOLKMOOT_") and f'"{variable}"'.encode() in _source("folkmoot")
-            if not is_rays and not is_ours and variable not in OTHER_VARIABLES:
+            package = "ray" if variable.startswith("RAY_") else "folkmoot"
+            literals = (f'"{variable}"'.encode(), f"\0{variable}\0".encode())  # in Python, in C++
+            if variable not in OTHER_VARIABLES and not any(text in _source(package) for text in literals):
                 found.append(f"{name}: nobody reads {variable}")
     return found
 
@@ -244,84 +238,6 @@ def _references(node: Any) -> Iterator[tuple[str, str]]:
                 yield node["secretName"], item["key"]
         for value in node.values():
             yield from _references(value)
-
-
-def serve_problems(objects: list[Object]) -> list[str]:
-    """What Serve, our builder or Ray's groups would not take of the config."""
-    config = serve_config(objects)
-    try:
-        ServeDeploySchema.model_validate(config)
-    except ValidationError as e:
-        return [str(e)]
-    (application,) = config["applications"]
-    module, _, name = application["import_path"].partition(":")
-    if getattr(importlib.import_module(module), name, None) is not app.build:
-        return [f"{application['import_path']} builds no application"]
-    try:
-        app.build(application["args"])
-        options = app.parse(application["args"])
-    except ValueError as e:
-        return [str(e)]
-    return [*_placement_problems(objects, options), *_cluster_problems(objects, options)]
-
-
-def _placement_problems(objects: list[Object], options: app.AppOptions) -> list[str]:
-    """Parts of the cluster for which no group of Ray's pods has room."""
-    found = []
-    head, *workers = groups(objects)
-    if not _has(head, options.router_resources):
-        found.append(f"the head does not offer {options.router_resources}")
-    engines = [w for w in workers if _has(w, options.engine_resources)]
-    hosts = [w for w in workers if _has(w, options.host_resources)]
-    if not options.engine_resources or not options.host_resources or any(w in hosts for w in engines):
-        found.append("engines and expert hosts do not have groups of their own")
-    parts = (("engines", engines, options.engines, 1), ("hosts", hosts, options.hosts or 0, 0))
-    for part, of_part, number, spare in parts:
-        if sum(w["maxReplicas"] for w in of_part) < number + spare:  # a new engine comes before an old one goes
-            found.append(f"{number} {part} have no room: {[w['groupName'] for w in of_part]}")
-    gpus = (("engine", engines, options.gpus_per_engine), ("host", hosts, options.gpus_per_host))
-    for part, of_part, number in gpus:
-        for group in of_part:
-            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-            if int(limits.get("nvidia.com/gpu", 0)) != number:
-                found.append(f"{group['groupName']}: {limits} for {number} GPUs an {part}")
-    return found
-
-
-def _has(group: Object, wanted: dict[str, float]) -> bool:
-    return all(ray_resources(group).get(name, 0) >= amount for name, amount in wanted.items())
-
-
-def _cluster_problems(objects: list[Object], options: app.AppOptions) -> list[str]:
-    found = []
-    cluster = ray_service(objects)["rayClusterConfig"]
-    if cluster["rayVersion"] != ray.__version__:
-        found.append(f"rayVersion {cluster['rayVersion']}, but the images have {ray.__version__}")
-    for group in groups(objects):
-        mounts = group["template"]["spec"]["containers"][0]["volumeMounts"]
-        if not any(options.model.startswith(f"{mount['mountPath']}/") for mount in mounts):
-            found.append(f"{group['groupName']}: {options.model} is on no volume")
-        if not group.get("minReplicas", 1) <= group.get("replicas", 1) <= group.get("maxReplicas", 1):
-            found.append(f"{group['groupName']}: replicas are not between the least and the most")
-    return [*found, *_queue_problems(objects, options)]
-
-
-def _queue_problems(objects: list[Object], options: app.AppOptions) -> list[str]:
-    """KEDA must look at the streams of every lane, by their whole length: entries that were delivered count."""
-    expected = {Keys("folkmoot").queue(Path(options.model).name, lane) for lane in LANES}
-    found = []
-    for scaled in of_kind(objects, "ScaledObject"):
-        redis = [t["metadata"] for t in scaled["spec"]["triggers"] if t["type"] == "redis-streams"]
-        if (seen := {trigger["stream"] for trigger in redis}) != expected:
-            found.append(f"KEDA looks at {sorted(seen)}, but the queues are {sorted(expected)}")
-        if any("streamLength" not in trigger or "consumerGroup" in trigger for trigger in redis):
-            found.append("KEDA must go by streamLength alone: a consumer group's lag leaves out what was delivered")
-        services = {s["metadata"]["name"]: s for s in of_kind(objects, "Service")}
-        for trigger in redis:
-            host, _, port = trigger["address"].partition(":")
-            if host not in services or int(port) not in [p["port"] for p in services[host]["spec"]["ports"]]:
-                found.append(f"KEDA asks {trigger['address']}, where nobody is")
-    return found
 
 
 def ending_problems(objects: list[Object]) -> list[str]:

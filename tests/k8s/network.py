@@ -21,7 +21,7 @@ def ours(component: str) -> Peer:
 
 
 def may_talk(objects: list[Object], source: Peer, target: Peer, port: int) -> bool:
-    """Whether a TCP connection gets through: out of the source's namespace and into the target's, where that is ours."""
+    """Whether a TCP connection gets through: out of the source's namespace and into the target's, if those are ours."""
     out = source.namespace != HERE or _allowed(objects, "Egress", source, target, port)
     return out and (target.namespace != HERE or _allowed(objects, "Ingress", target, source, port))
 
