@@ -23,13 +23,16 @@ from folkmoot.cluster import ray_runtime
 from folkmoot.cluster.cli import up
 from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
+from folkmoot.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
-NOT_HERE = frozenset({"listen", "address", "state_dir"})
-"""Options of `folkmoot up` that have no meaning in an application."""
+NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
+"""Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
+OF_ONE_RUN = frozenset({"run_dir", "log_dir", "secret"})
+"""Fields of a spec that each cluster has for itself."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Cluster:
         self._spec = adopted(wanted_spec(parse(arguments)))
         self._router = ray_runtime.start_router(self._spec, get_if_exists=True)
         if _engines(self._spec) in (None, ApplicationStatus.DEPLOY_FAILED):
-            ray_runtime.deploy_engines(self._spec, self._spec.engines, 0, wait=False)
+            ray_runtime.start_engines(self._spec, wait=False)
         said = ""
         while lacking := self._lacking():
             if lacking != said:
@@ -158,9 +161,9 @@ def adopted(wanted: ClusterSpec) -> ClusterSpec:
 
 
 def differences(running: ClusterSpec, wanted: ClusterSpec) -> list[str]:
-    """Names of the fields in which two specs differ, but for the folders that each cluster has of its own."""
-    before, now = running.as_dict(), wanted.as_dict()
-    return [name for name in now if before[name] != now[name] and name not in ("run_dir", "log_dir")]
+    """Names of the fields in which two specs differ, but for what each cluster has for itself."""
+    names = [f.name for f in fields(ClusterSpec) if f.name not in OF_ONE_RUN]
+    return [name for name in names if getattr(running, name) != getattr(wanted, name)]
 
 
 def _engines(spec: ClusterSpec) -> ApplicationStatus | None:

@@ -91,9 +91,14 @@ class Deployment:
 
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-            deploy_engines(self._spec, self._spec.engines, 0, wait=True)
+            start_engines(self._spec, wait=True)
         except Exception as e:
             self.error = e
+
+
+def start_engines(spec: ClusterSpec, *, wait: bool) -> None:
+    """The engines' deployment as the spec has it."""
+    deploy_engines(spec, spec.engines, 0, wait=wait)
 
 
 def deploy_engines(spec: ClusterSpec, count: int, version: int, *, wait: bool) -> None:
