@@ -31,7 +31,7 @@ POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
 NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
-OF_ONE_RUN = frozenset({"run_dir", "log_dir", "secret"})
+OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret"})
 """Fields of a spec that each cluster has for itself."""
 
 

@@ -346,11 +346,12 @@ def _leave(failure: str | None) -> NoReturn:
 
 
 async def _forget_models(url: str, namespace: str) -> None:
-    """What an embedded store knows from a former cluster, which may have served another model, is no longer served."""
+    """What an embedded store knows of a former cluster: it may have served another model, and is not there any more."""
     store = Store(url, namespace)
     queue = RequestQueue(store)
     for name in await queue.models():
         await queue.forget_model(name)
+    await store.command("DEL", store.keys.charge)
     await store.close()
 
 

@@ -1,5 +1,6 @@
 """What `folkmoot up` decides once, and hands to every actor as it is. Light: imported by all of them."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ class ClusterSpec:
     engine_resources: Mapping[str, float] = field(default_factory=dict)
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
+    started_s: float = field(default_factory=time.time)
+    """when this cluster was begun: of several on one store the newest takes charge (folkmoot.cluster.charge)"""
 
     @property
     def namespace(self) -> str:

@@ -65,7 +65,7 @@ def applications():
 
 def agents():
     prefix, namespace = DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX, ray_constants.KV_NAMESPACE_DASHBOARD
-    said = [_internal_kv_get(f"{prefix}:{node}", namespace=namespace) for node in nodes]
+    said = [_internal_kv_get(f"{prefix}{node}", namespace=namespace) for node in nodes]
     return [json.loads(text)[:2] for text in said if text]
 
 for line in sys.stdin:
