@@ -37,10 +37,11 @@ from ray.cluster_utils import Cluster
 from folkmoot.cluster.leave import leave
 groups, config = json.loads(sys.stdin.readline())
 cluster = Cluster()
-options = {"num_cpus": 1, "object_store_memory": 80 << 20, "dashboard_agent_listen_port": 0}
+options = {"object_store_memory": 80 << 20, "dashboard_agent_listen_port": 0}
+(cpus, resources), *workers = groups
 head = {"include_dashboard": False, "temp_dir": sys.argv[1]}
-made = [cluster.add_node(resources=groups[0], **options, **head)]
-made += [cluster.add_node(wait=False, resources=resources, **options) for resources in groups[1:]]
+made = [cluster.add_node(num_cpus=cpus, resources=resources, **options, **head)]
+made += [cluster.add_node(wait=False, num_cpus=cpus, resources=resources, **options) for cpus, resources in workers]
 cluster.wait_for_nodes()
 nodes = [node.node_id for node in made]
 ray.init(address=cluster.address, log_to_driver=False)
@@ -80,7 +81,9 @@ PROMPT = "Each expert knows one thing well."
 class RayNodes:
     """The process that owns Ray's nodes, to which the config is applied; `ask` evaluates an expression in it."""
 
-    def __init__(self, owner: Cluster, nodes: list[dict[str, float]], config: dict[str, Any], redis: str) -> None:
+    def __init__(
+        self, owner: Cluster, nodes: list[tuple[int, dict[str, float]]], config: dict[str, Any], redis: str
+    ) -> None:
         environment = {**owner.environment, **RAY_ENVIRONMENT, "FOLKMOOT_REDIS": redis}
         command = [sys.executable, "-c", RAY, f"{temp_of(owner.marker)}/ray"]
         self.process = subprocess.Popen(
@@ -123,8 +126,10 @@ def service(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = serve_config(built("laptop"))
     (application,) = config["applications"]
     application["args"] |= {"model": str(mixtral), "dtype": "float32", "max_model_len": 512}
-    head, engines, hosts = (ray_resources(group) for group in groups(built("laptop")))
-    nodes = [head, engines, engines, {name: 2 * amount for name, amount in hosts.items()}]
+    head, engines, hosts = (
+        (int(group["rayStartParams"]["num-cpus"]), ray_resources(group)) for group in groups(built("laptop"))
+    )
+    nodes = [head, engines, engines, (hosts[0], {name: 2 * amount for name, amount in hosts[1].items()})]
     owner = Cluster(tmp_path_factory.mktemp("unused"), secrets.token_hex(4))
     with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
         ray, gateway = None, None
