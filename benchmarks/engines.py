@@ -20,7 +20,7 @@ import numpy as np
 
 from folkmoot.cluster.placement import HostSlot, rebalance
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import vllm_api, warm
+from folkmoot.experts import secret, vllm_api, warm
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.warm import Child, Control
@@ -192,7 +192,8 @@ class Pool:
         """A dispatch configuration for an engine that uses this pool."""
         path = self.directory / f"map-{self.expert_map.version}.json"
         path.write_text(self.expert_map.to_json())
-        return {"engine": "bench", "map_path": str(path), **settings}
+        secret_file = str(secret.keep(self.directory / "secret"))
+        return {"engine": "bench", "secret_file": secret_file, "map_path": str(path), **settings}
 
     def close(self) -> None:
         """End the hosts."""
@@ -278,6 +279,7 @@ class Bench:
                 "checkpoint": str(checkpoint),
                 "experts": {str(n): list(plan[name]) for n in shape.moe_layers},
                 "unix_path": str(self.directory / f"{name}-{started}.sock"),
+                "secret_file": str(secret.keep(self.directory / "secret")),
                 "tcp": "127.0.0.1:0",
                 "dtype": dtype,
                 **settings,

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import report
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import warm
+from folkmoot.experts import secret, warm
 from folkmoot.experts.dispatch_config import DispatchConfig
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
@@ -63,6 +63,7 @@ def echo_hosts(num: int, parent: warm.WarmParent, directory: Path) -> Iterator[E
                 "checkpoint": "",
                 "experts": {"0": [i]},
                 "unix_path": str(directory / f"h{i}-{time.time_ns()}.sock"),
+                "secret_file": str(secret.keep(directory / "secret")),
                 "tcp": "127.0.0.1:0",
             }
             child = parent.spawn("benchmarks.hop:host_main", spec, directory / "hosts.log")
@@ -93,7 +94,9 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
 def engine_main(pipe: Connection, map_path: str, transport: str, num_hosts: int, size: int, calls: int) -> None:
     """An engine's process: one token a row, spread evenly over the hosts."""
     torch.set_num_threads(1)
-    dispatcher = Dispatcher(DispatchConfig(engine=str(os.getpid()), map_path=map_path, transport=transport))
+    secret_file = str(Path(map_path).with_name("secret"))
+    config = DispatchConfig(str(os.getpid()), secret_file, map_path=map_path, transport=transport)
+    dispatcher = Dispatcher(config)
     rows = max(num_hosts, size // ROW_BYTES)
     x = torch.randn((rows, HIDDEN)).to(torch.bfloat16)
     ids = (torch.arange(rows) % num_hosts).int()[:, None]

@@ -90,14 +90,24 @@ def greedy(prompts: Iterable[Sequence[int]], max_tokens: int) -> list[Question]:
 
 
 class Load:
-    """`clients` clients that ask `questions` in a random order (of `seed`) until the context ends."""
+    """`clients` clients that ask `questions` in a random order (of `seed`) until the context ends.
+
+    Each pauses between two questions for `pause_s` on average (exponentially distributed).
+    """
 
     def __init__(
-        self, addresses: Sequence[str], questions: Sequence[Question], clients: int, seed: int = 0, **options: Any
+        self,
+        addresses: Sequence[str],
+        questions: Sequence[Question],
+        clients: int,
+        seed: int = 0,
+        *,
+        pause_s: float = 0.0,
+        **options: Any,
     ) -> None:
         self.answers: list[Answer] = []
         self._addresses, self._questions, self._num, self._options = list(addresses), questions, clients, options
-        self._random = random.Random(seed)
+        self._random, self._pause_s = random.Random(seed), pause_s
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -108,6 +118,8 @@ class Load:
     async def __aexit__(self, *_: object) -> None:
         """Clients finish the answer they are at; one that hangs is left, and counts as failed."""
         self._stopping = True
+        if not self._tasks:
+            return
         done, late = await asyncio.wait(self._tasks, timeout=TIMEOUT_S + 10.0)
         for task in late:
             task.cancel()
@@ -131,6 +143,8 @@ class Load:
                 question = self._random.choice(self._questions)
                 self.answers.append(answer := Answer(question, secrets.token_hex(12), time.monotonic()))
                 await ask(client, answer, **self._options)
+                if self._pause_s:
+                    await asyncio.sleep(self._random.expovariate(1 / self._pause_s))
 
 
 async def ask(client: AsyncClient, answer: Answer, **options: Any) -> None:

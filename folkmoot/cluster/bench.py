@@ -34,13 +34,16 @@ class Timing:
     tokens: int = 0
 
 
-def run(address: str, load: Load) -> dict[str, float]:
-    """Send the load; flat figures, latencies in milliseconds. Raises FolkmootError if a request fails."""
-    return asyncio.run(_run(address, load))
+def run(address: str, load: Load, **access: Any) -> dict[str, float]:
+    """Send the load; flat figures, latencies in milliseconds. Raises FolkmootError if a request fails.
+
+    `access`: the client's keys and TLS (client_channel.Access).
+    """
+    return asyncio.run(_run(address, load, access))
 
 
-async def _run(address: str, load: Load) -> dict[str, float]:
-    async with AsyncClient(address) as client:
+async def _run(address: str, load: Load, access: dict[str, Any]) -> dict[str, float]:
+    async with AsyncClient(address, **access) as client:
         models = {m.name: m for m in await client.models()}
         model = models[load.model] if load.model else next(iter(models.values()))
         rng = random.Random(0)

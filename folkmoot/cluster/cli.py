@@ -1,6 +1,7 @@
 """The `folkmoot` command. Each command's --help shows how it is used."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,15 +11,26 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, interrupts
-from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options, name_options
+from folkmoot.cluster import cli_admin, cli_keys, interrupts
+from folkmoot.cluster.cli_common import (
+    F,
+    Failure,
+    access,
+    address_of,
+    console,
+    gateway_options,
+    name_options,
+    require_file,
+)
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from folkmoot.gateway.client_errors import FolkmootError
+from folkmoot.gateway.settings import is_local
 
 DETACH_POLL_S = 0.1
 DOWN_TIMEOUT_S = 60.0
+PEM = click.Path(resolve_path=True, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,10 +45,11 @@ def main() -> None:
       folkmoot chat                         talk to it (in another terminal)
       folkmoot status                       what runs where, and how loaded it is
       folkmoot scale hosts 4                change it while it runs; also: replicas, engines
+      folkmoot keys create --help           let others in, each with a key
     """
 
 
-for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll):
+for command in (cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll, cli_keys.keys):
     main.add_command(command)
 
 
@@ -51,6 +64,16 @@ def _sampling(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _checked_weights(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from folkmoot.gateway.settings import parse_weights
+
+    try:
+        parse_weights(text)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
+    return text
 
 
 @main.command()
@@ -93,7 +116,20 @@ def _sampling(command: F) -> F:
     metavar="HOST:PORT",
     help="the gateway's address; port 0 takes a free one",
 )
-@click.option("--redis", metavar="URL", help="request store (Redis 7+ or Valkey)  [default: an embedded one]")
+@click.option("--require-keys", is_flag=True, help="serve only who sends an API key; `folkmoot keys` makes them")
+@click.option(
+    "--insecure", is_flag=True, help="serve whoever comes, also where --listen is an address others can reach"
+)
+@click.option("--tls-cert", type=PEM, metavar="FILE", help="certificate chain (PEM): the gateway speaks TLS")
+@click.option("--tls-key", type=PEM, metavar="FILE", help="its private key; both are read again when they change")
+@click.option("--tls-client-ca", type=PEM, metavar="FILE", help="CA of clients' certificates: others are not let in")
+@click.option(
+    "--redis",
+    metavar="URL",
+    envvar="FOLKMOOT_REDIS",
+    help="request store (Redis 7+ or Valkey); better by environment variable FOLKMOOT_REDIS, where it has a password  "
+    "[default: an embedded one]",
+)
 @click.option(
     "--address", metavar="ADDRESS", help='join a running Ray cluster ("auto" or HOST:PORT)  [default: a local Ray]'
 )
@@ -106,6 +142,32 @@ def _sampling(command: F) -> F:
     default=UpOptions.max_num_seqs,
     show_default=True,
     help="requests an engine runs at once",
+)
+@click.option(
+    "--max-batch-seqs",
+    type=click.IntRange(1),
+    help="of them batch requests  [default: three quarters of --max-num-seqs]",
+)
+@click.option(
+    "--batch-rows",
+    type=click.IntRange(0),
+    default=UpOptions.batch_rows,
+    show_default=True,
+    help="batch requests that take part in a step beside interactive ones; the others wait, and keep their memory",
+)
+@click.option(
+    "--batch-prompt-tokens",
+    type=click.IntRange(1),
+    default=UpOptions.batch_prompt_tokens,
+    show_default=True,
+    help="tokens of batch prompts that begin in one step",
+)
+@click.option(
+    "--tenant-weights",
+    metavar="NAME=WEIGHT,...",
+    default=UpOptions.tenant_weights,
+    callback=_checked_weights,
+    help="shares of each lane, by tokens; 1 for who is not named",
 )
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")
@@ -182,12 +244,17 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
       folkmoot up --model demo --hosts 4 --replicas 2        lose any host, and go on
       folkmoot up --model ~/models/mixtral --experts-per-host 1 --detach
       folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
+      folkmoot up --model demo --listen 0.0.0.0:50051 --require-keys --tls-cert tls.crt --tls-key tls.key
     """
     chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
+    if (chosen.tls_cert is None) != (chosen.tls_key is None) or (chosen.tls_client_ca and not chosen.tls_cert):
+        raise click.UsageError("--tls-cert and --tls-key go together, and --tls-client-ca needs them")
+    for path in filter(None, (chosen.tls_cert, chosen.tls_key, chosen.tls_client_ca)):
+        require_file(path)
     if detach:
-        _print_ready(_run_detached(chosen), timings)
+        _print_ready(_run_detached(chosen), chosen, timings)
     else:
         _run_foreground(chosen, timings)
 
@@ -201,7 +268,7 @@ def _run_foreground(options: UpOptions, timings: bool) -> None:
     try:
         with progress:
             state = supervisor.start()
-        _print_ready(state, timings)
+        _print_ready(state, options, timings)
         failure = None
         supervisor.watch()
     except interrupts.Interrupted:
@@ -222,7 +289,8 @@ def _run_detached(options: UpOptions) -> ClusterState:
         folder.acquire()  # says who holds it
     folder.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder.logs / "up.log"
-    arguments = [a for a in sys.argv[1:] if a != "--detach"]
+    arguments = without_redis([a for a in sys.argv[1:] if a != "--detach"])
+    environment = os.environ if options.redis is None else {**os.environ, "FOLKMOOT_REDIS": options.redis}
     with open(log, "wb") as out:
         child = subprocess.Popen(
             [sys.executable, "-m", "folkmoot.cluster.cli", *arguments],
@@ -230,6 +298,7 @@ def _run_detached(options: UpOptions) -> ClusterState:
             stdout=out,
             stderr=out,
             start_new_session=True,
+            env=environment,
         )
     interrupts.raise_on_signals()
     try:
@@ -251,13 +320,38 @@ def _run_detached(options: UpOptions) -> ClusterState:
     raise Failure(f"{message}\n(log: {log})")
 
 
-def _print_ready(state: ClusterState, timings: bool) -> None:
+def without_redis(arguments: list[str]) -> list[str]:
+    """The command line without the store's URL, which may hold a password, and is handed on in the environment."""
+    kept, is_url = [], False
+    for word in arguments:
+        if not is_url and word != "--redis" and not word.startswith("--redis="):
+            kept.append(word)
+        is_url = not is_url and word == "--redis"
+    return kept
+
+
+def _print_ready(state: ClusterState, options: UpOptions, timings: bool) -> None:
     suffix = "" if state.name == "default" else f" --name {state.name}"
     console.print(f"[bold green]ready[/]: model {state.model}, gateway {state.gateway}")
     console.print(f'  folkmoot generate{suffix} "The capital of France is"')
     console.print(f"  folkmoot status{suffix}")
+    _say_who_may_call(options)
     if timings and state.timings_s:
         console.print("  ready after (s): " + ", ".join(f"{part} {t:.1f}" for part, t in state.timings_s.items()))
+
+
+def _say_who_may_call(options: UpOptions) -> None:
+    """Whom the gateway lets in, and what is not as safe as it could be."""
+    if options.require_keys:
+        console.print("  callers need an API key: folkmoot keys create --help")
+    elif options.tls_client_ca is not None:
+        console.print("  callers need a certificate")
+    elif is_local(options.listen):
+        console.print("  callers need no API key, so it listens on loopback only; to let others in: --require-keys")
+    else:
+        console.print(f"[bold red]  INSECURE: whoever reaches {options.listen} may use and change this cluster[/]")
+    if not is_local(options.listen) and options.tls_cert is None:
+        console.print("[bold red]  no TLS: prompts, answers and keys can be read on their way[/]")
 
 
 class _Progress:
@@ -415,7 +509,7 @@ def bench(
     address = gateway or address_of(name, state_dir)
     load = measure.Load(num_requests, concurrency, prompt_tokens, max_tokens, model)
     with console.status(f"{num_requests} requests") if console.is_terminal else interrupts.nothing():
-        figures = _translated(lambda: measure.run(address, load))
+        figures = _translated(lambda: measure.run(address, load, **access()))
     if as_json:
         click.echo(json.dumps(figures, indent=2))
     else:
@@ -449,7 +543,7 @@ class _client:
     def __init__(self, gateway: str | None, name: str, state_dir: Path | None) -> None:
         from folkmoot.gateway.client import Client
 
-        self._client = Client(gateway or address_of(name, state_dir), reconnect_s=5.0)
+        self._client = Client(gateway or address_of(name, state_dir), reconnect_s=5.0, **access())
 
     def __enter__(self) -> Any:
         return self._client

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster.cli_common import F, Failure, address_of, console, gateway_options
+from folkmoot.cluster.cli_common import F, Failure, access, address_of, console, gateway_options
 from folkmoot.gateway.admin_client import AdminClient
 from folkmoot.gateway.client_errors import FolkmootError
 from folkmoot.gateway.pb import admin_pb2 as pb
@@ -107,7 +107,7 @@ def _carry_out(
 ) -> None:
     """Submit, and show progress until it has ended."""
     try:
-        with AdminClient(gateway or address_of(name, state_dir), reconnect_s=5.0) as client:
+        with AdminClient(gateway or address_of(name, state_dir), reconnect_s=5.0, **access()) as client:
             operation = submit(client, request_id)
             if wait:
                 operation = client.wait(operation.request_id, timeout_s, lambda text: console.print(f"  {text}"))

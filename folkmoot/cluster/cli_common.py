@@ -1,5 +1,6 @@
 """What the commands share: consoles, the options that name a cluster, errors as one paragraph."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import click
 from rich.console import Console
 
 from folkmoot.cluster.state_file import StateFolder
+from folkmoot.gateway.api_keys import KEY
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -31,10 +33,54 @@ def name_options(command: F) -> F:
 
 
 def gateway_options(command: F) -> F:
-    """--gateway, --name and --state-dir."""
-    return click.option(
-        "--gateway", metavar="HOST:PORT", help="a gateway anywhere, instead of the cluster started here"
-    )(name_options(command))
+    """--gateway, --name and --state-dir; and those that `access` reads, which are no parameters of the command."""
+    for option in (
+        click.option(
+            "--gateway",
+            metavar="HOST:PORT",
+            help="a gateway anywhere, instead of the cluster started here; https://HOST:PORT with TLS",
+        ),
+        _access_option("--tls-key", "private key of the client's own certificate (PEM)"),
+        _access_option("--tls-cert", "the client's own certificate, where the gateway asks for one (PEM)"),
+        _access_option("--tls-ca", "CA of the gateway's certificate (PEM); speaks TLS"),
+        _access_option("--api-key-file", "file that holds the API key  [default: environment FOLKMOOT_API_KEY]"),
+    ):
+        command = option(command)
+    return name_options(command)
+
+
+def _access_option(name: str, text: str) -> Callable[[F], F]:
+    def keep(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+        context.meta[f"{__name__}.{parameter.name}"] = value
+
+    path = click.Path(path_type=Path)
+    return click.option(name, type=path, metavar="FILE", expose_value=False, callback=keep, help=text)
+
+
+def access() -> dict[str, Any]:
+    """What `Client` and `AdminClient` are to be told of keys and TLS, by this command's options and the environment."""
+    meta = click.get_current_context().meta
+    files = {name: meta.get(f"{__name__}.{name}") for name in ("tls_ca", "tls_cert", "tls_key")}
+    if (files["tls_cert"] is None) != (files["tls_key"] is None):
+        raise click.UsageError("--tls-cert and --tls-key must be given together")
+    for path in filter(None, files.values()):
+        require_file(path)
+    path = meta.get(f"{__name__}.api_key_file")
+    return {"api_key": _key_in(path) if path else os.environ.get("FOLKMOOT_API_KEY") or None, **files}
+
+
+def require_file(path: Path) -> None:
+    """Raises Failure where there is no file of this name that can be read."""
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        raise Failure(f"{path} is no file that can be read")
+
+
+def _key_in(path: Path) -> str:
+    require_file(path)
+    text = path.read_text(errors="replace").strip()
+    if not KEY.fullmatch(text):
+        raise Failure(f"{path} holds no API key: it must hold one, `fmk_...`, and nothing else")
+    return text
 
 
 def address_of(name: str, state_dir: Path | None) -> str:
@@ -46,4 +92,5 @@ def address_of(name: str, state_dir: Path | None) -> str:
     if state.gateway is None:
         raise Failure(f"the cluster is not ready yet ({state.message})")
     host, _, port = state.gateway.rpartition(":")
-    return f"{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{port}"
+    scheme = "https://" if state.tls else ""
+    return f"{scheme}{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{port}"

@@ -30,7 +30,7 @@ RETRY_S = 0.5
 SHARED_WITH_PROCESS = (
     *("model_path", "model", "architecture", "redis", "store_namespace", "dtype", "device", "max_model_len"),
     *("max_num_seqs", "seed", "kv_cache_gib", "transport", "combine", "grace_s", "stall_s"),
-    *("no_replica_timeout_s", "background_workers"),
+    *("no_replica_timeout_s", "background_workers", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
 )
 
 
@@ -93,7 +93,8 @@ class Engine:
         """The fields of `engine_process.EngineSpec`."""
         spec = self._spec
         feed = str(Path(spec.run_dir) / f"{self._engine}.feed") if spec.moe_layers else None
-        return {"engine": self._engine, "feed": feed, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
+        told = {"engine": self._engine, "feed": feed, "secret_file": str(spec.secret_file)}
+        return {**told, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
 
     def _watch(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: hand the process's messages to the event loop until it dies."""
@@ -106,7 +107,7 @@ class Engine:
             child.kill()  # it has closed its end, so it is dead or as good as dead
             loop.call_soon_threadsafe(self._on_message, {"event": "error", "message": "its process is gone"})
             spec = self._spec
-            give_back(spec.redis, spec.store_namespace, spec.model, self._engine, "the engine died")
+            give_back(spec.redis, spec.store_namespace, self._engine, "the engine died")
 
     def _on_message(self, message: dict[str, Any]) -> None:
         match message:

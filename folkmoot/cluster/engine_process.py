@@ -16,23 +16,28 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from folkmoot.cluster.map_feed import MapFeedServer
 from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
+
+if TYPE_CHECKING:
+    from folkmoot.gateway.queue import Room
 
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
 GIVE_BACK_S = 2.0
+BATCH_SHARE = 3
+"""quarters of an engine's slots and KV cache that batch requests may hold"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 SHARED_WITH_DISPATCHER = (
-    *("engine", "feed", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
+    *("engine", "feed", "secret_file", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
 )
 
 
@@ -44,13 +49,17 @@ class EngineSpec:
     model_path: str
     model: str
     architecture: str
-    redis: str
+    redis: str = field(repr=False)
     store_namespace: str
     feed: str | None
+    secret_file: str
     dtype: str
     device: str
     max_model_len: int | None
     max_num_seqs: int
+    max_batch_seqs: int | None
+    batch_rows: int
+    batch_prompt_tokens: int
     seed: int
     kv_cache_gib: float
     transport: str
@@ -114,15 +123,13 @@ def main(raw: dict[str, Any], control: Control) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     spec = EngineSpec(**raw)
     maps = MapState(spec, control)
-    exit_with_owner(
-        control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.model, spec.engine)
-    )
+    exit_with_owner(control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.engine))
     _set_environment(spec)
     _tie_core_to_us(control)
     asyncio.run(_serve(spec, control, maps))
 
 
-def give_back(redis: str, namespace: str, model: str, engine: str, error: str = "") -> None:
+def give_back(redis: str, namespace: str, engine: str, error: str = "") -> None:
     """Give back all leases of an engine that is dead or about to end, so that others need not wait for their end.
 
     With an `error` their attempts count. Blocks, for a few seconds at most where the store is away: then they expire.
@@ -135,7 +142,7 @@ def give_back(redis: str, namespace: str, model: str, engine: str, error: str = 
         store = Store(redis, namespace)
         try:
             async with asyncio.timeout(GIVE_BACK_S):
-                given = await RequestQueue(store).abandon(model, engine, error)
+                given = await RequestQueue(store).abandon(engine, error)
             log.info("gave back %d leases of %s", given, engine)
         except (StoreError, TimeoutError) as e:
             log.warning("the leases of %s are left to expire: %s", engine, e)
@@ -181,7 +188,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
 
     stopping = asyncio.Event()
     preparer = Preparer(llm, _has_tokenizer(spec), can_replay=spec.device == "cpu")
-    generator = Generator(llm, preparer, spec.max_num_seqs, can_serve)
+    generator = Generator(llm, preparer, spec.max_num_seqs, _batch_room(spec, llm), can_serve)
     record = ModelRecord(
         spec.model,
         llm.model_config.max_model_len,
@@ -238,9 +245,19 @@ def _load(spec: EngineSpec) -> Any:
         **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
     if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _batch_room(spec: EngineSpec, llm: Any) -> "Room":
+    """What batch requests may hold, so that interactive ones find slots and memory without preempting."""
+    from folkmoot.gateway.queue import Room
+
+    requests = spec.max_batch_seqs or max(1, spec.max_num_seqs * BATCH_SHARE // 4)
+    cache = llm.vllm_config.cache_config
+    return Room(requests, cache.num_gpu_blocks * cache.block_size * BATCH_SHARE // 4)
 
 
 def _has_tokenizer(spec: EngineSpec) -> bool:

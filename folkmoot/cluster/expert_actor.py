@@ -107,6 +107,7 @@ class ExpertActor:
             "checkpoint": spec.model_path,
             "experts": as_placement(columns, spec.moe_layers),
             "unix_path": str(self._socket(host, incarnation)),
+            "secret_file": str(spec.secret_file),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
             "device": spec.device,

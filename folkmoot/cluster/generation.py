@@ -17,7 +17,7 @@ from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Pre
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import Held, Lease
+from folkmoot.gateway.queue import Held, Lease, Room
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,18 @@ class Counters:
 
 
 class Generator:
-    """Runs leased requests in vLLM. `may_lease` says whether new ones can be served now (the map is complete)."""
+    """Runs leased requests in vLLM. `may_lease` says whether new ones can be served now (the map is complete).
 
-    def __init__(self, llm: Any, preparer: Preparer, max_running: int, may_lease: Callable[[], bool]) -> None:
-        self._llm, self._preparer, self._max_running, self._may_lease = llm, preparer, max_running, may_lease
+    Up to `max_running` requests that are interactive, whatever batch ones run (vLLM makes room); of those up to
+    `batch_room`, and no more than `max_running` with the others.
+    """
+
+    def __init__(
+        self, llm: Any, preparer: Preparer, max_running: int, batch_room: Room, may_lease: Callable[[], bool]
+    ) -> None:
+        self._llm, self._preparer, self._may_lease = llm, preparer, may_lease
+        self._max_running, self._batch_room = max_running, batch_room
+        self._holder: LeaseHolder | None = None
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._leases: dict[tuple[str, int], Lease] = {}
         self._room = asyncio.Event()
@@ -65,20 +73,28 @@ class Generator:
 
     async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:
         """Lease and generate until `stopping`. Raises CoreDied once vLLM's core is dead."""
+        self._holder = holder
         while not stopping.is_set():
             if self._core_died or self._llm.errored:
                 raise CoreDied("vLLM's core is dead")
-            room = self._max_running - len(self._tasks)
+            room, batch = self._rooms()
             if room <= 0 or not self._may_lease() or not self._is_sound.is_set():
                 self._room.clear()
                 await _first(self._room.wait(), stopping.wait(), timeout_s=STORE_PAUSE_S)
                 continue
             try:
-                for lease in await _leased(holder, room, stopping):
+                for lease in await _leased(holder, room, batch, stopping):
                     self._start(holder, lease)
             except StoreError as e:
                 log.warning("no leases: %s", e)
                 await _first(stopping.wait(), timeout_s=STORE_PAUSE_S)
+
+    def _rooms(self) -> tuple[int, Room]:
+        batch = [lease for lease in self._leases.values() if lease.is_batch]
+        interactive = len(self._leases) - len(batch)
+        requests = min(self._batch_room.requests, self._max_running - interactive) - len(batch)
+        tokens = self._batch_room.tokens - sum(lease.cost for lease in batch)
+        return self._max_running - interactive, Room(max(0, requests), max(0, tokens))
 
     async def drain(self, grace_s: float) -> None:
         """Let what runs finish for so long, then drop it."""
@@ -123,6 +139,8 @@ class Generator:
         self._leases.pop(key, None)
         self.counters.running = len(self._tasks)
         self._room.set()
+        if self._holder is not None:
+            self._holder.ask_again()
 
     async def _serve(self, holder: LeaseHolder, lease: Lease) -> None:
         """One request from lease to finish. Never raises: what goes wrong ends the request, or gives it back."""
@@ -155,7 +173,8 @@ class Generator:
         await self._is_sound.wait()
         done, held_back = lease.offset, ""
         request_id = f"{lease.request_id}/{lease.epoch}"
-        async for output in self._llm.generate(prepared.prompt, prepared.params, request_id):
+        priority = int(lease.is_batch)  # vLLM takes the lower first
+        async for output in self._llm.generate(prepared.prompt, prepared.params, request_id, priority=priority):
             piece = _piece(output, prepared.num_prompt, is_first=not done)
             prepared.repetition.cut(piece)
             piece.text = held_back + piece.text
@@ -212,9 +231,9 @@ def _finish(made: CompletionOutput) -> pb.Finish:
     return finish
 
 
-async def _leased(holder: LeaseHolder, room: int, stopping: asyncio.Event) -> list[Lease]:
+async def _leased(holder: LeaseHolder, room: int, batch: Room, stopping: asyncio.Event) -> list[Lease]:
     """Leases, waiting a while for the first; `stopping` ends the wait. Whatever was leased is never lost."""
-    leasing = asyncio.create_task(holder.lease(room))
+    leasing = asyncio.create_task(holder.lease(room, batch=batch))
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({leasing, stop}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()

@@ -15,16 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
-from folkmoot.cluster.spec import ClusterSpec, namespace_of
+from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.settings import OPEN_WITHOUT_KEYS, is_local
 from folkmoot.gateway.store import Store
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "placement", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -65,14 +67,27 @@ class UpOptions:
     """None: on a CPU"""
     placement: str = "spread"
     listen: str = "127.0.0.1:50051"
-    redis: str | None = None
+    require_keys: bool = False
+    """ask for an API key with every call"""
+    insecure: bool = False
+    """listen on an open address without keys all the same"""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    redis: str | None = field(default=None, repr=False)
     """URL of a request store; None: an embedded one"""
     address: str | None = None
     """address of a running Ray cluster; None: a local one"""
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_batch_seqs: int | None = None
+    """of them batch requests; None: three quarters"""
+    batch_rows: int = ClusterSpec.batch_rows
+    batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
     device: str = "cpu"
+    tenant_weights: str = ""
+    """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
     kv_cache_gib: float = 1.0
     seed: int = 0
     transport: str = "auto"
@@ -113,6 +128,7 @@ class Supervisor:
             return self._start()
 
     def _start(self) -> ClusterState:
+        check_guarded(self.options)
         self.folder.acquire()
         self._acquired = True
         processes.adopt_orphans()
@@ -136,6 +152,7 @@ class Supervisor:
             phase="ready",
             message="",
             gateway=self._gateway_address,
+            tls=self.options.tls_cert is not None,
             model=self.spec.model,
             ray_address=ray_address,
             run_dir=str(self._run_dir),
@@ -196,12 +213,16 @@ class Supervisor:
         alone = self.options.address is None  # then a unix socket is enough
         self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
         self._store.start()
-        asyncio.run(_forget_models(self._store.url, namespace_of(self.options.name)))
+        asyncio.run(_forget_models(self._store.url, store_namespace(self.options.name)))
+        self._update(store=self._store.url)
         return self._store.url if alone else self._store.tcp_url
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
+        if self.options.tenant_weights:
+            command += ["--tenant-weights", self.options.tenant_weights]
+        command += _guards(self.options)
         spec.log("gateway").unlink(missing_ok=True)
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 
@@ -277,7 +298,7 @@ def make_spec(
         moe_layers=shape.moe_layers,
         num_experts=shape.num_experts,
         redis=redis,
-        store_namespace=namespace_of(options.name),
+        store_namespace=store_namespace(options.name),
         run_dir=run_dir,
         log_dir=log_dir,
         hosts=hosts,
@@ -343,6 +364,25 @@ def _leave(failure: str | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if failure else 0)
+
+
+def store_namespace(name: str) -> str:
+    """Prefix of the keys in the request store of the cluster of this name."""
+    return "folkmoot" if name == "default" else f"folkmoot-{name}"
+
+
+def check_guarded(options: UpOptions) -> None:
+    """Raises StartError where strangers could call: the gateway would not start either, but later."""
+    is_guarded = options.require_keys or options.tls_client_ca is not None
+    if not (is_local(options.listen) or is_guarded or options.insecure):
+        raise StartError(f"--listen {options.listen}: {OPEN_WITHOUT_KEYS}")
+
+
+def _guards(options: UpOptions) -> list[str]:
+    """The gateway's options that say whom it lets in."""
+    switches = [f"--{name.replace('_', '-')}" for name in ("require_keys", "insecure") if getattr(options, name)]
+    files = {"--tls-cert": options.tls_cert, "--tls-key": options.tls_key, "--tls-client-ca": options.tls_client_ca}
+    return switches + [word for name, path in files.items() if path is not None for word in (name, str(path))]
 
 
 async def _forget_models(url: str, namespace: str) -> None:

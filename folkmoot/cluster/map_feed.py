@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from folkmoot.experts.handshake import check_user
+from folkmoot.experts.wire import WireError
+
 log = logging.getLogger(__name__)
 
 MAX_PEERS = 64
@@ -27,6 +30,7 @@ class MapFeedServer:
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
+        path.chmod(0o600)
         self._listener.listen(8)
         self._on_event = on_event
         self._lock = threading.Lock()
@@ -60,6 +64,12 @@ class MapFeedServer:
 
     def _accept(self) -> None:
         peer, _ = self._listener.accept()
+        try:
+            check_user(peer)
+        except (WireError, OSError) as e:
+            log.warning("refused a connection: %s", e)
+            peer.close()
+            return
         if len(self._peers) >= MAX_PEERS:
             log.warning("a dispatcher too many")
             peer.close()

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from folkmoot.cluster import warm_files
 from folkmoot.cluster.spec import ClusterSpec
-from folkmoot.experts import warm
+from folkmoot.experts import secret, warm
 from folkmoot.experts.warm import WarmParent
 
 WARM_TIMEOUT_S = 300.0
@@ -21,7 +21,10 @@ WARM_TIMEOUT_S = 300.0
 
 
 async def warm_parent(spec: ClusterSpec) -> WarmParent:
-    """This node's warm parent, ready to fork. Raises WarmParentError if it does not come up."""
+    """This node's warm parent, ready to fork, with the cluster's secret beside it.
+
+    Raises WarmParentError if it does not come up.
+    """
     if not warm_files.is_started(spec.warm_socket):
         node = ray.get_runtime_context().get_node_id()
         agent = NodeAgent.options(  # type: ignore[attr-defined]
@@ -32,6 +35,7 @@ async def warm_parent(spec: ClusterSpec) -> WarmParent:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         ).remote(spec)
         await agent.ensure.remote()
+    secret.keep(spec.secret_file, spec.secret)
     return await asyncio.to_thread(warm.connect, spec.warm_socket, WARM_TIMEOUT_S)
 
 

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from folkmoot.experts import secret
 
 ROUTER = "ExpertRouter"
 """Name of the expert router's Ray actor, in the cluster's namespace."""
@@ -25,12 +27,14 @@ class ClusterSpec:
     architecture: str
     moe_layers: tuple[int, ...]
     num_experts: int
-    redis: str
-    """URL of the request store"""
+    redis: str = field(repr=False)
+    """URL of the request store; may hold a password"""
     store_namespace: str
     run_dir: str
     """unix sockets: a short path, since theirs may not exceed 107 bytes; made on each node, mode 0700"""
     log_dir: str
+    secret: str = field(default_factory=secret.new, repr=False)
+    """what engines and expert hosts prove to each other; Ray alone carries it, and each node keeps it in a file"""
     engines: int = 1
     hosts: int = 2
     replicas: int = 1
@@ -40,6 +44,12 @@ class ClusterSpec:
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_batch_seqs: int | None = None
+    """of them batch requests; None: three quarters"""
+    batch_rows: int = 1
+    """batch requests that take part in an engine's step beside interactive ones"""
+    batch_prompt_tokens: int = 256
+    """tokens of batch prompts that begin in one step"""
     seed: int = 0
     kv_cache_gib: float = 1.0
     transport: str = "auto"
@@ -90,13 +100,14 @@ class ClusterSpec:
         """Where a node's warm parent writes."""
         return Path(self.log_dir) / "warm.log"
 
+    @property
+    def secret_file(self) -> Path:
+        """Where a node keeps the secret."""
+        return Path(self.run_dir) / "secret"
+
     def log(self, part: str) -> Path:
         """The log file of one process."""
         return Path(self.log_dir) / f"{part}.log"
-
-    def as_dict(self) -> dict[str, object]:
-        """As JSON data."""
-        return asdict(self)
 
 
 def namespace_of(name: str) -> str:

@@ -29,6 +29,9 @@ class ClusterState:
     pid: int
     message: str = ""
     gateway: str | None = None
+    tls: bool = False
+    store: str | None = None
+    """URL of the request store where it is the cluster's own, which has no password"""
     model: str | None = None
     ray_address: str | None = None
     run_dir: str | None = None

@@ -5,8 +5,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from folkmoot.gateway.client import Client
+from folkmoot.gateway.pb import gateway_pb2 as pb
+from folkmoot.gateway.queue import COUNTERS
 
 
 def fetch(client: Client) -> dict[str, Any]:
@@ -23,10 +26,19 @@ def fetch(client: Client) -> dict[str, Any]:
             "max_model_len": m.max_model_len,
             "waiting_requests": m.load.waiting_requests,
             "running_requests": m.load.running_requests,
+            "lanes": {pb.Lane.Name(lane.lane).lower(): _lane(lane) for lane in m.lanes},
         }
         for m in answer.models
     ]
     return document
+
+
+def _lane(lane: pb.LaneLoad) -> dict[str, Any]:
+    return {**_load(lane.load), "tenants": [{"tenant": one.tenant, **_load(one.load)} for one in lane.tenants]}
+
+
+def _load(load: pb.QueueLoad) -> dict[str, int]:
+    return {name: getattr(load, name) for name in COUNTERS}
 
 
 def show(console: Console, document: dict[str, Any]) -> None:
@@ -39,6 +51,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
             f"can serve, "
             f"{one['running_requests']} requests running, {one['waiting_requests']} waiting"
         )
+        if any(lane["tenants"] for lane in one["lanes"].values()):
+            console.print(_lanes_table(one["lanes"]))
     if "map" not in document:
         return
     if document["map"]["layers"]:
@@ -81,6 +95,18 @@ def _map_line(facts: dict[str, Any]) -> str:
         f"{facts['replicas_least']} of {facts['replicas_wanted']} replicas"
     )
     return line + (f", [bold red]{facts['missing']} experts without a host[/]" if facts["missing"] else "")
+
+
+def _lanes_table(lanes: dict[str, dict[str, Any]]) -> Table:
+    header = ("lane", "tenant", "running", "waiting", "tokens running", "tokens waiting")
+    table = Table(*header, title="load, by lane and by the tenants with the most of it")
+    names = ("running_requests", "waiting_requests", "running_tokens", "waiting_tokens")
+    for lane, load in lanes.items():
+        table.add_row(lane, "all", *(str(load[name]) for name in names))
+        for one in load["tenants"]:
+            tenant = one["tenant"] if one["tenant"].isprintable() else repr(one["tenant"])
+            table.add_row("", Text(tenant or "-"), *(str(one[name]) for name in names))
+    return table
 
 
 def _engines_table(engines: list[dict[str, Any]]) -> Table:

@@ -15,6 +15,8 @@ class DispatchConfig:
     """How an engine reaches its experts. Exactly one of `feed` and `map_path` is set."""
 
     engine: str
+    secret_file: str
+    """the secret that hosts must know, as this engine does (secret.py)"""
     feed: str | None = None
     """unix socket that serves expert maps (feed.py)"""
     map_path: str | None = None

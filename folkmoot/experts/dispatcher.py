@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from folkmoot.experts import cores, doubt, links, native
+from folkmoot.experts import cores, doubt, links, native, secret
 from folkmoot.experts.call import Call
 from folkmoot.experts.deadline import SLICE_S, Waited
 from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
@@ -64,6 +64,7 @@ class Dispatcher:
     def __init__(self, config: DispatchConfig) -> None:
         self.config = config
         self.incarnation = time.time_ns()
+        self._secret = secret.read(config.secret_file)
         self.rows_served: dict[str, int] = {}
         self.not_finite = doubt.Tally()
         self._shape: Shape | None = None
@@ -292,7 +293,8 @@ class Dispatcher:
     def _connect(self, address: HostAddress, shape: Shape) -> None:
         """Make a link and route over it, unless the map or the shape has changed meanwhile."""
         try:
-            link = links.connect(address, self._hello(address, shape), self._itemsize, self.config.connect_timeout_s)
+            hello, timeout_s = self._hello(address, shape), self.config.connect_timeout_s
+            link = links.connect(address, hello, self._itemsize, timeout_s, self._secret)
         except LinkError as e:
             log.warning("%s", e)
             with self._changed:

@@ -1,4 +1,4 @@
-"""Who may connect to an expert host: accepts connections and shakes hands, each in a thread of its own.
+"""Who may connect to an expert host: accepts connections and shakes hands (handshake.py), each in a thread of its own.
 
 Anybody who reaches the socket can open connections and say nothing, so a handshake has a time limit, and there are
 never more than MAX_HALF_OPEN of them: the oldest gives way to the newest, so that an engine, which is done within
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from folkmoot.experts import wire
+from folkmoot.experts import handshake, wire
 from folkmoot.experts.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ thread. Whatever it raises refuses it, and the peer is told why. The descriptor 
 class Greeter:
     """Accepts on any number of listening sockets."""
 
-    def __init__(self, admit: Admit) -> None:
+    def __init__(self, admit: Admit, secret: bytes) -> None:
         self._admit = admit
+        self._secret = secret
         self._lock = threading.Lock()
         self._half_open: collections.OrderedDict[socket.socket, None] = collections.OrderedDict()
 
@@ -63,7 +64,9 @@ class Greeter:
     def _greet(self, sock: socket.socket) -> None:
         fd = None
         try:
-            hello, fd = wire.receive_line(sock, HANDSHAKE_TIMEOUT_S)
+            if sock.family == socket.AF_UNIX:
+                handshake.check_user(sock)
+            hello, fd = handshake.as_host(sock, self._secret, HANDSHAKE_TIMEOUT_S)
             serve = self._admit(sock, hello, fd)
             wire.send_line(sock, {"ok": True})
         except Exception as e:  # whatever a stranger says is no reason to fail

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from folkmoot.experts import native, wire
+from folkmoot.experts import native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.greeter import Greeter
@@ -65,6 +65,8 @@ class HostSpec:
     experts: Mapping[int, Sequence[int]]
     """for each MoE layer the logical experts to hold; the position is the slot"""
     unix_path: str
+    secret_file: str
+    """the secret that engines must know, as this host does (secret.py)"""
     tcp: str | None = None
     """"ip:port" to listen on for engines on other nodes (port 0: any free one); None: not at all"""
     dtype: str = "auto"
@@ -138,18 +140,19 @@ class ExpertServer:
         self._inbox: collections.deque[TcpConnection] = collections.deque()
         self._connections: list[ShmConnection] = []
         self._open: set[Areas] = set()
-        self._greeter = Greeter(self._admit)
+        self._greeter = Greeter(self._admit, secret.read(spec.secret_file))
         self._num_slots = np.zeros(max(slots, default=0) + 1, np.int32)
         for layer, num in slots.items():
             self._num_slots[layer] = num
 
     def listen(self) -> HostAddress:
-        """Open the sockets, accept in threads, and say where."""
+        """Open the sockets, accept in threads, and say where: a unix socket, and TCP only where the spec says so."""
         path = Path(self.spec.unix_path)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.unlink(missing_ok=True)
         unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         unix.bind(str(path))
+        path.chmod(0o600)
         listeners, tcp_address = [unix], None
         if self.spec.tcp is not None:
             ip, _, port = self.spec.tcp.rpartition(":")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from folkmoot.experts import native, wire
+from folkmoot.experts import handshake, native, wire
 from folkmoot.experts.deadline import Pace
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.wire import Hello, WireError
@@ -54,12 +54,12 @@ class Link(Protocol):
         """Close; the host sees end-of-file. The areas stay readable until the link is collected."""
 
 
-def connect(address: HostAddress, hello: Hello, itemsize: int, timeout_s: float) -> Link:
-    """Connect by hello.transport ("shm" or "tcp") and shake hands. Raises LinkError."""
+def connect(address: HostAddress, hello: Hello, itemsize: int, timeout_s: float, secret: bytes) -> Link:
+    """Connect by hello.transport ("shm" or "tcp") and shake hands, with the cluster's secret. Raises LinkError."""
     try:
         if hello.transport == "shm":
-            return ShmLink(address, hello, itemsize, timeout_s)
-        return TcpLink(address, hello, itemsize, timeout_s)
+            return ShmLink(address, hello, itemsize, timeout_s, secret)
+        return TcpLink(address, hello, itemsize, timeout_s, secret)
     except (OSError, ValueError, WireError) as e:
         raise LinkError(f"host {address.host} cannot be reached by {hello.transport}: {e}") from e
 
@@ -74,7 +74,7 @@ def choose_transport(address: HostAddress, own_node: str, setting: str) -> str:
 class ShmLink:
     """A link over a memfd that both ends map, with a unix stream socket as doorbell and death notice."""
 
-    def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float) -> None:
+    def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float, secret: bytes) -> None:
         self.address = address
         self.pace: Pace | None = None
         size = wire.sizes(hello.hidden, itemsize, hello.max_rows)
@@ -89,10 +89,9 @@ class ShmLink:
                 os.ftruncate(fd, size.segment)
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
                 self._map = mmap.mmap(fd, size.segment)
-                wire.send_line(self._sock, hello, fd)
+                handshake.as_engine(self._sock, secret, hello, timeout_s, fd)
             finally:
                 os.close(fd)
-            _check_welcome(self._sock, timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -119,7 +118,7 @@ class ShmLink:
 class TcpLink:
     """A link over TCP: header and payload in the stream, keepalive and user time-out against a silent peer."""
 
-    def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float) -> None:
+    def __init__(self, address: HostAddress, hello: Hello, itemsize: int, timeout_s: float, secret: bytes) -> None:
         self.address = address
         self.pace: Pace | None = None
         size = wire.sizes(hello.hidden, itemsize, hello.max_rows)
@@ -129,8 +128,7 @@ class TcpLink:
         self._sock = socket.create_connection((ip, int(port)), timeout_s)
         try:
             set_tcp_options(self._sock)
-            wire.send_line(self._sock, hello)
-            _check_welcome(self._sock, timeout_s)
+            handshake.as_engine(self._sock, secret, hello, timeout_s)
         except BaseException:
             self._sock.close()
             raise
@@ -235,11 +233,3 @@ def _wait_writable(sock: socket.socket, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLOUT)
     return bool(poll.poll(timeout_s * 1000))
-
-
-def _check_welcome(sock: socket.socket, timeout_s: float) -> None:
-    welcome, fd = wire.receive_line(sock, timeout_s)
-    if fd is not None:
-        os.close(fd)
-    if welcome.get("ok") is not True:
-        raise LinkError(f"refused: {welcome.get('error', 'no reason given')}")

@@ -1,10 +1,10 @@
 """The warm parent: one process a node that imports vLLM once, and forks expert hosts and engines from itself.
 
 Importing vLLM takes about 18 s of a core, a fork of a process that has imported it a few milliseconds: that is what
-makes a replacement for a dead expert host quick. The parent listens on a unix socket in a directory that only its
-user may enter. A request names an entry point ("module:function"), its spec and a log file; the child then owns the
-requester's end of the connection as its control channel: newline-delimited JSON both ways. End-of-file on it means
-that the owner is gone, and the child exits.
+makes a replacement for a dead expert host quick. The parent listens on a unix socket in a directory that only its user
+may enter, and takes no process of another user. A request names an entry point ("module:function"), its spec and a log
+file; the child then owns the requester's end of the connection as its control channel: newline-delimited JSON both
+ways. End-of-file on it means that the owner is gone, and the child exits.
 
 The parent also keeps memory files (memfds) for its children: a request may name one, made at its first mention, and
 the child finds its descriptor as `memory_fd` in its spec. What lies there outlives the children that put it there, and
@@ -32,6 +32,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from folkmoot.experts.handshake import check_user
+from folkmoot.experts.wire import WireError
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +243,7 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
         socket_path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(socket_path))
+    socket_path.chmod(0o600)
     listener.listen(64)
     owner: list[Any] = [sys.stdin.fileno()] if with_parent else []
     waiting: dict[Control, float] = {}  # who has not said yet what it wants, and until when it may
@@ -249,8 +253,8 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
             ready = select.select([listener, *owner, *waiting], [], [], 1.0 if waiting else None)[0]
             if owner and owner[0] in ready:
                 return
-            if listener in ready:
-                waiting[Control(listener.accept()[0])] = time.monotonic() + REQUEST_TIMEOUT_S
+            if listener in ready and (control := _accept(listener)) is not None:
+                waiting[control] = time.monotonic() + REQUEST_TIMEOUT_S
             late = [c for c, until in waiting.items() if time.monotonic() > until or c is _oldest_of_many(waiting)]
             for control in {*ready, *late} & waiting.keys():
                 if control in late or _answer(control, [listener, *waiting], memory):
@@ -259,6 +263,18 @@ def _serve(socket_path: Path, with_parent: bool) -> None:
     finally:
         listener.close()
         socket_path.unlink(missing_ok=True)
+
+
+def _accept(listener: socket.socket) -> Control | None:
+    """Who connects, if it is a process of this user."""
+    sock, _ = listener.accept()
+    try:
+        check_user(sock)
+    except (WireError, OSError) as e:
+        log.warning("refused a connection: %s", e)
+        sock.close()
+        return None
+    return Control(sock)
 
 
 def _oldest_of_many(waiting: Mapping[Control, float]) -> Control | None:

@@ -1,7 +1,8 @@
 """What stands on the wire between an engine's dispatcher and an expert host, whatever the transport.
 
-A connection begins with one line of JSON each way (`Hello`, `Welcome`); with shared memory, a memfd of the segment
-travels beside the hello. Then requests and replies alternate, each a 64-byte header and a payload:
+A connection begins with lines of JSON (`Hello`, and handshake.py: both ends prove the cluster's secret); with shared
+memory, a memfd of the segment travels beside the hello. Then requests and replies alternate, each a 64-byte header and
+a payload:
 
     request  rows mode  x [pairs, hidden] | slots int32 [pairs]
              sum mode   the same, and | token int32 [pairs] | weight float32 [pairs]
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 MAGIC = 0x316B4D46  # "FMk1"
-PROTOCOL = 1
+PROTOCOL = 2
 REQUEST, REPLY, ERROR = 1, 2, 3
 FLAG_SUM = 1
 MAX_HELLO_BYTES = 4096

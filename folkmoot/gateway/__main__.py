@@ -4,8 +4,10 @@ It needs a Redis 7+ or Valkey server, which it shares with the engines, and noth
 store (and the same port, if you like) to serve more; a client may be cut off from one and go on at another.
 
   python -m folkmoot.gateway                                    # on 127.0.0.1:50051, store on 127.0.0.1:6379
-  python -m folkmoot.gateway --listen 0.0.0.0:50051 --redis rediss://:PASSWORD@store:6380
   FOLKMOOT_REDIS=redis://:PASSWORD@store python -m folkmoot.gateway      # keeps the password out of `ps`
+  python -m folkmoot.gateway --listen 0.0.0.0:50051 --require-keys --tls-cert tls.crt --tls-key tls.key
+
+On an address that others can reach it does not start without --require-keys or --tls-client-ca, unless --insecure.
 
 SIGTERM or Ctrl-C: health says NOT_SERVING, new calls are refused, streams may finish for --shutdown-s seconds.
 """
@@ -15,12 +17,15 @@ import asyncio
 import logging
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
-from folkmoot.gateway.settings import GatewaySettings
+from folkmoot.gateway.settings import GatewaySettings, parse_weights
+from folkmoot.gateway.tls import TlsError
 
 HELP = {
     "listen": "address to serve on; port 0 takes a free one",
@@ -31,14 +36,22 @@ HELP = {
     "grace_s": "how long a request outlives a broken connection",
     "default_answer_tokens": "admission's estimate for a request without max_tokens",
     "accept_after_s": "send the request id after so long, if there is no token yet",
+    "max_calls": "calls under way at once, streams included; more are refused",
+    "max_calls_per_connection": "the same on one connection; more wait at the client",
+    "require_keys": "ask for an API key with every call but health checks; `folkmoot keys` makes them",
+    "insecure": "serve whoever comes, also admin calls, on an address that others can reach",
+    "tls_cert": "PEM file with the certificate chain: serve TLS; read again when it changes",
+    "tls_key": "PEM file with its private key",
+    "tls_client_ca": "PEM file with the CA of clients' certificates: mutual TLS, others are not let in",
     "shutdown_s": "how long streams may finish on SIGTERM",
     "lease_s": "an engine that is silent for so long loses its requests (alike in gateways and engines)",
     "max_attempts": "leases of one request before it is given up (alike in gateways and engines)",
     "retention_s": "how long a finished answer can be read again",
     "max_waiting_requests": "queue limit per model and lane",
     "max_waiting_tokens": "queue limit per model and lane, in estimated tokens",
-    "queue_timeout_s": "a request that no engine took ends after so long",
+    "queue_timeout_s": "an interactive request that no engine took ends after so long",
     "retry_after_ms": "the hint that goes with a refusal",
+    "tenant_weights": "shares of each lane, as NAME=WEIGHT,...; 1 for who is not named (alike in all gateways)",
 }
 
 
@@ -53,7 +66,7 @@ def main() -> None:
     try:
         settings = GatewaySettings(**options, queue=QueueSettings(**queue))
     except ValidationError as e:
-        parser.error(str(e))
+        parser.error("; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in e.errors()))
     asyncio.run(_run(settings))
 
 
@@ -61,7 +74,10 @@ async def _run(settings: GatewaySettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await serve(settings, stop, lambda address: print(f"listening on {address}", flush=True))
+    try:
+        await serve(settings, stop, lambda address: print(f"listening on {address}", flush=True))
+    except TlsError as e:
+        raise SystemExit(f"tls_cert, tls_key, tls_client_ca: {e}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,9 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(to: "argparse.ArgumentParser | argparse._ArgumentGroup", name: str, default: str | int | float) -> None:
-    text = f"{HELP[name]} (default: {default})"
-    to.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar=name.upper(), help=text)
+def _add(to: "argparse.ArgumentParser | argparse._ArgumentGroup", name: str, default: Any) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        to.add_argument(option, action="store_true", default=None, help=HELP[name])
+    elif default is None:
+        to.add_argument(option, type=Path, metavar="FILE", help=HELP[name])
+    else:
+        text = HELP[name] if default == {} else f"{HELP[name]} (default: {default})"
+        kind = parse_weights if default == {} else type(default)
+        to.add_argument(option, type=kind, metavar=name.upper(), help=text)
 
 
 if __name__ == "__main__":

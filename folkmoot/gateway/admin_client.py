@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from folkmoot.gateway.client_channel import Access
 from folkmoot.gateway.client_errors import FolkmootError, Unavailable, error_of
 from folkmoot.gateway.pb import admin_pb2 as pb
 from folkmoot.gateway.pb import admin_pb2_grpc
@@ -22,8 +23,10 @@ class AdminClient:
     All methods raise FolkmootError (client_errors.py).
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", reconnect_s: float = 30.0) -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(self, address: str = "127.0.0.1:50051", reconnect_s: float = 30.0, **access: Any) -> None:
+        """`access`: api_key, tls_ca, tls_cert, tls_key (client_channel.Access)."""
+        self._access, self._address = Access(**access), address
+        self._channel = self._access.channel(address)
         self._stub = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
         self._reconnect_s = reconnect_s
 
@@ -80,10 +83,13 @@ class AdminClient:
         ends_s = time.monotonic() + self._reconnect_s
         while True:
             try:
-                operation: pb.Operation = method(request, timeout=CALL_TIMEOUT_S)
+                operation: pb.Operation = method(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)
                 return operation
             except grpc.RpcError as e:
                 error: FolkmootError = error_of(e, request.request_id)  # type: ignore[arg-type]
-                if not isinstance(error, Unavailable) or time.monotonic() > ends_s:
+                if not isinstance(error, Unavailable):
+                    raise error from e
+                if time.monotonic() > ends_s:
+                    error.args = (f"{error}{self._access.hint(self._address)}",)
                     raise error from e
                 time.sleep(RETRY_S)

@@ -13,12 +13,15 @@ gap or duplicate; the request keeps running meanwhile. Leaving the iteration ear
     ├── Unavailable                no gateway, or no store behind it, for `reconnect_s`
     ├── NotFound                   unknown request: never submitted, or its journal has expired
     ├── RequestIdInUse             this request_id belongs to a request of other content
+    ├── Unauthenticated            no API key, or none that is good
+    ├── PermissionDenied           the API key does not allow this call
     ├── Cancelled                  someone cancelled the request
     ├── DeadlineExceeded           `timeout_s` passed
     └── ServerError                anything else; a bug, or an engine that gave up
 """
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -31,6 +34,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from folkmoot.gateway.client_channel import Access
 from folkmoot.gateway.client_errors import (
     Busy,
     Cancelled,
@@ -38,8 +42,10 @@ from folkmoot.gateway.client_errors import (
     FolkmootError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     RequestIdInUse,
     ServerError,
+    Unauthenticated,
     Unavailable,
     error_of,
 )
@@ -57,9 +63,11 @@ __all__ = [
     "FolkmootError",
     "InvalidRequest",
     "NotFound",
+    "PermissionDenied",
     "RequestIdInUse",
     "ServerError",
     "TokenLogprob",
+    "Unauthenticated",
     "Unavailable",
 ]
 
@@ -81,18 +89,18 @@ CHANNEL_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class ClientOptions:
-    """Timeouts, all in seconds, and how to connect."""
+class ClientOptions(Access):
+    """Timeouts, all in seconds, beside how to connect and as whom (client_channel.py)."""
 
     timeout_s: float = TIMEOUT_S
     reconnect_s: float = RECONNECT_S
-    credentials: grpc.ChannelCredentials | None = None  # None: plain text
 
 
 class AsyncClient:
-    """For asyncio; belongs to one event loop. `addresses`: "host:port", or several."""
+    """For asyncio; belongs to one event loop. `addresses`: "host:port" (with TLS "https://host:port"), or several."""
 
     def __init__(self, addresses: str | Sequence[str] = "127.0.0.1:50051", **options: Any) -> None:
+        """`options`: api_key, tls_ca, tls_cert, tls_key (ClientOptions). Raises ValueError."""
         self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self._addresses:
             raise ValueError("addresses must not be empty")
@@ -191,12 +199,13 @@ class AsyncClient:
         patience = _Patience(self._options.reconnect_s)
         while True:
             left_s = max(0.001, ends_s - time.monotonic())
-            stub = self._stub()
+            stub, metadata = self._stub(), self._options.metadata
             if request is not None and offset == 0:  # joins itself, where it is known already
                 request.timeout_s = left_s
-                call = stub.Generate(request, timeout=left_s + SLACK_S)
+                call = stub.Generate(request, timeout=left_s + SLACK_S, metadata=metadata)
             else:
-                call = stub.Follow(pb.FollowRequest(request_id=request_id, offset=offset), timeout=left_s + SLACK_S)
+                wanted = pb.FollowRequest(request_id=request_id, offset=offset)
+                call = stub.Follow(wanted, timeout=left_s + SLACK_S, metadata=metadata)
             try:
                 async for piece in call:
                     patience.reset()
@@ -210,23 +219,20 @@ class AsyncClient:
                 error = error_of(e, request_id)
                 if not isinstance(error, Unavailable):
                     raise error from e
-                self._next_address()
-                await patience.wait(error, ends_s)
+                await self._try_elsewhere(error, patience, ends_s)
             finally:
                 call.cancel()
 
     async def _call(self, method: Callable[[Any], Any], message: Any) -> Any:
         patience = _Patience(self._options.reconnect_s)
-        ends_s = time.monotonic() + self._options.reconnect_s
         while True:
             try:
-                return await method(self._stub())(message, timeout=CALL_TIMEOUT_S)
+                return await method(self._stub())(message, timeout=CALL_TIMEOUT_S, metadata=self._options.metadata)
             except grpc.aio.AioRpcError as e:
                 error = error_of(e, getattr(message, "request_id", ""))
                 if not isinstance(error, Unavailable):
                     raise error from e
-                self._next_address()
-                await patience.wait(error, ends_s)
+                await self._try_elsewhere(error, patience, math.inf)
 
     async def _cancel_quietly(self, request_id: str) -> None:
         with suppress(FolkmootError):  # then its grace period ends it
@@ -236,17 +242,18 @@ class AsyncClient:
         address = self._addresses[self._at]
         channel = self._channels.get(address)
         if channel is None:
-            credentials = self._options.credentials
-            channel = (
-                grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-                if credentials is None
-                else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-            )
-            self._channels[address] = channel
+            channel = self._channels[address] = self._options.aio_channel(address, CHANNEL_OPTIONS)
         return gateway_pb2_grpc.FolkmootStub(channel)  # type: ignore[no-untyped-call]
 
-    def _next_address(self) -> None:
+    async def _try_elsewhere(self, error: Unavailable, patience: "_Patience", ends_s: float) -> None:
+        """Wait a moment, and turn to the next address. Raises `error` where patience, or the time, is over."""
+        address = self._addresses[self._at]
         self._at = (self._at + 1) % len(self._addresses)
+        try:
+            await patience.wait(error, ends_s)
+        except Unavailable:
+            error.args = (f"{error}{await asyncio.to_thread(self._options.hint, address)}",)
+            raise
 
 
 class Client:

@@ -38,6 +38,14 @@ class RequestIdInUse(FolkmootError):
     """The id belongs to a request of other content."""
 
 
+class Unauthenticated(FolkmootError):
+    """No API key, or none that is good."""
+
+
+class PermissionDenied(FolkmootError):
+    """The API key does not allow this call."""
+
+
 class Cancelled(FolkmootError):
     """The request was cancelled."""
 
@@ -57,6 +65,8 @@ ERRORS: dict[grpc.StatusCode, type[FolkmootError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: RequestIdInUse,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }

@@ -10,10 +10,25 @@ GatewayError
 │   │   └── StoreDiskFull      it cannot write to its disk
 │   └── StoreRefused           wrong password, missing permission, wrong version: it does not heal by itself
 ├── QueueFull                  admission refused; carries a retry hint
+├── LimitReached               the tenant has used what it may; carries a retry hint, where waiting helps
 ├── UnknownRequest             no such id, or its journal has expired
 ├── RequestIdTaken             the id is in use for other content
-└── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
+├── GatewayStopping            this gateway shuts down; the request runs on, and can be followed elsewhere
+├── TooManyCalls               this gateway has as many calls under way as it takes
+├── Unauthenticated            who calls is not known
+│   ├── MissingApiKey          no key was sent
+│   └── InvalidApiKey          unknown, wrong, revoked or expired: nobody is told which
+└── PermissionDenied           who calls may not do this
+    ├── MissingRole            the key has none of the roles that open this call
+    └── OtherTenant            the request names a tenant that is not the key's
 """
+
+from collections.abc import Iterable
+
+
+def public(request_id: str) -> str:
+    """The id that the client knows."""
+    return request_id.rpartition("/")[2]
 
 
 class GatewayError(Exception):
@@ -61,11 +76,23 @@ class QueueFull(GatewayError):
         self.retry_after_ms = retry_after_ms
 
 
+class LimitReached(GatewayError):
+    """The tenant has used what it may of `limit`; `retry_after_ms` None: it asks for more than it may have at all."""
+
+    def __init__(self, limit: str, value: float, retry_after_ms: int | None, asked: int) -> None:
+        text = f"the tenant's limit {limit} = {value:g} is reached; retry in {retry_after_ms} ms"
+        if retry_after_ms is None:
+            text = f"the tenant's limit {limit} = {value:g} allows no request for {asked}"
+        super().__init__(text)
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+
+
 class UnknownRequest(GatewayError):
     """No request of this id is known (it never was, or its journal has expired)."""
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"unknown request {request_id!r}: never submitted, or its journal has expired")
+        super().__init__(f"unknown request {public(request_id)!r}: never submitted, or its journal has expired")
         self.request_id = request_id
 
 
@@ -73,7 +100,7 @@ class RequestIdTaken(GatewayError):
     """The request id is already in use for a request of other content."""
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id {request_id!r} is already in use for a request of other content")
+        super().__init__(f"request_id {public(request_id)!r} is already in use for a request of other content")
         self.request_id = request_id
 
 
@@ -82,3 +109,46 @@ class GatewayStopping(GatewayError):
 
     def __init__(self) -> None:
         super().__init__("this gateway is shutting down; follow the request at another one")
+
+
+class TooManyCalls(GatewayError):
+    """This gateway has as many calls under way as it takes; another one, or a moment later, may do."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"this gateway has max_calls = {limit} calls under way; retry later, or at another one")
+
+
+class Unauthenticated(GatewayError):
+    """Who calls is not known."""
+
+
+class MissingApiKey(Unauthenticated):
+    """No key was sent."""
+
+    def __init__(self) -> None:
+        super().__init__("this gateway asks for an API key: send metadata `authorization: Bearer KEY`")
+
+
+class InvalidApiKey(Unauthenticated):
+    """Unknown, wrong, revoked or expired."""
+
+    def __init__(self) -> None:
+        super().__init__("the API key is not valid")
+
+
+class PermissionDenied(GatewayError):
+    """Who calls may not do this."""
+
+
+class MissingRole(PermissionDenied):
+    """The key has none of the roles that open this call."""
+
+    def __init__(self, wanted: Iterable[str]) -> None:
+        super().__init__(f"this call needs an API key with the role {' or '.join(sorted(wanted))}")
+
+
+class OtherTenant(PermissionDenied):
+    """The request names a tenant that is not the key's."""
+
+    def __init__(self) -> None:
+        super().__init__("tenant: must be the API key's own tenant, or left empty")

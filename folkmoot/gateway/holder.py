@@ -19,7 +19,7 @@ from types import TracebackType
 from folkmoot.gateway import tasks
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import Append, Held, Lease, ModelRecord, RequestQueue
+from folkmoot.gateway.queue import UNLIMITED, Append, Held, Lease, ModelRecord, RequestQueue, Room
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class LeaseHolder:
         self._written.set()
         self._to_write = asyncio.Event()
         self._work = asyncio.Event()
-        self._look_for_others = True
-        self._no_more = False
+        self._no_more = self._ask_again = False
         self._renewed_s = time.monotonic()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -99,28 +98,37 @@ class LeaseHolder:
         """False once the lease has ended, in whatever way."""
         return (lease.request_id, lease.epoch) in self._held
 
-    async def lease(self, max_requests: int, max_tokens: int = 1 << 40, wait_s: float = 1.0) -> list[Lease]:
-        """Up to `max_requests` new leases; waits up to `wait_s` for the first. Raises StoreError."""
+    async def lease(
+        self, max_requests: int, max_tokens: int = UNLIMITED, wait_s: float = 1.0, *, batch: Room | None = None
+    ) -> list[Lease]:
+        """New leases, as RequestQueue.lease; waits up to `wait_s` for the first, or until `ask_again`.
+
+        Raises StoreError.
+        """
+        self._ask_again = False
         until = time.monotonic() + wait_s
         while True:
             self._work.clear()
-            claim = True if self._look_for_others else None
-            self._look_for_others = False
             if self._no_more:
                 return []
             if time.monotonic() - self._renewed_s > self._queue.settings.lease_s / 2:
                 await self._renew()  # this loop was held up: do not take over from ourselves
-            leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, claim=claim)
+            leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, batch=batch)
             for lease in leases:
                 self._held[lease.request_id, lease.epoch] = lease
                 self._next[lease.request_id, lease.epoch] = lease.offset
             left_s = until - time.monotonic()
-            if leases or left_s <= 0:
+            if leases or left_s <= 0 or self._ask_again:
                 return leases
             # Not wait_for: before Python 3.12 it may swallow a cancellation.
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, POLL_S, self._queue.settings.lease_s / 4)):
                     await self._work.wait()
+
+    def ask_again(self) -> None:
+        """A `lease` that waits returns: its caller has more room now than it said."""
+        self._ask_again = True
+        self._work.set()
 
     def stop_leasing(self) -> None:
         """`lease` returns nothing from now on, also where it waits just now."""
@@ -169,7 +177,6 @@ class LeaseHolder:
 
     def _heard(self, channel: str, payload: bytes) -> None:
         if channel == self._queue.store.keys.work(self._record.name):
-            self._look_for_others |= payload == b"again"
             self._work.set()
             return
         request_id = payload.decode()
@@ -178,7 +185,6 @@ class LeaseHolder:
                 self._ended(held_id, epoch, Held.DONE)
 
     async def _subscription_stands(self) -> None:
-        self._look_for_others = True
         self._work.set()
         await self._renew()  # a cancellation may have been said while nobody listened
 
@@ -234,7 +240,7 @@ class LeaseHolder:
     async def _renew(self) -> None:
         leases = list(self._held.values())
         self._renewed_s = time.monotonic()
-        for lease, answer in zip(leases, await self._queue.renew(self._engine, leases), strict=True):
+        for lease, answer in zip(leases, await self._queue.renew(leases), strict=True):
             # A finish that is under way may have closed it: then the append's own answer decides.
             if answer != Held.HELD and (lease.request_id, lease.epoch) in self._next:
                 self._ended(lease.request_id, lease.epoch, answer)

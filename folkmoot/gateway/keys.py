@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Lane = Literal["interactive", "batch"]
+LAYOUT = 2
+"""Grows with every change of what stands under these names; a store says its own (`Keys.layout`)."""
 LANES: tuple[Lane, Lane] = ("interactive", "batch")  # in the order they are leased
-GROUP = "engines"  # the consumer group of every queue
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,57 @@ class Keys:
         """The hash tag that all keys begin with."""
         return "{" + self.namespace + "}"
 
+    @property
+    def layout(self) -> str:
+        """String: the layout that this store was written in (LAYOUT)."""
+        return f"{self.root}:layout"
+
     def queue(self, model: str, lane: Lane) -> str:
-        """Stream of waiting and running requests: fields id, cost."""
+        """Stream of waiting and running requests: fields id, cost, tenant. Its length is what an outside scaler reads.
+
+        An entry is deleted when its request ends. The sets below hold these entries' ids.
+        """
         return f"{self.root}:queue:{model}:{lane}"
 
+    def leases(self, model: str, lane: Lane) -> str:
+        """Sorted set: entry of a leased request -> when it was renewed last (Unix ms); 0: handed back."""
+        return f"{self.root}:leases:{model}:{lane}"
+
+    def last(self, model: str, lane: Lane) -> str:
+        """Sorted set: entry of a request that was handed back and has one attempt left -> its deadline (Unix ms)."""
+        return f"{self.root}:last:{model}:{lane}"
+
+    def waiting(self, model: str, lane: Lane, tenant: str) -> str:
+        """Sorted set: entry of a tenant's request that nobody has leased yet -> its deadline (Unix ms)."""
+        return f"{self.root}:waiting:{lane}:{len(model.encode())}:{model}:{tenant}"
+
+    def turns(self, model: str, lane: Lane) -> str:
+        """Sorted set: tenant with such requests -> what it was served and has reserved, in shares (shares.py)."""
+        return f"{self.root}:turns:{model}:{lane}"
+
+    def served(self, model: str, lane: Lane) -> str:
+        """Sorted set: the same tenants -> what each was served, in shares."""
+        return f"{self.root}:served:{model}:{lane}"
+
+    def past(self, model: str, lane: Lane) -> str:
+        """Sorted set: tenant without -> what it was served, where that is more than a new tenant begins with."""
+        return f"{self.root}:past:{model}:{lane}"
+
     def load(self, model: str, lane: Lane) -> str:
-        """Hash of counters: {waiting,running}_{requests,tokens}."""
+        """Hash: {waiting,running}_{requests,tokens}; and floor, the shares that a new tenant begins with."""
         return f"{self.root}:load:{model}:{lane}"
+
+    def tenant_load(self, model: str, lane: Lane) -> str:
+        """Hash of the same counters a tenant, as long as they are not 0: "waiting_requests TENANT", ..."""
+        return f"{self.root}:tenant-load:{model}:{lane}"
+
+    def tenants(self, model: str, lane: Lane) -> str:
+        """Sorted set: tenant -> its estimated tokens, waiting and running."""
+        return f"{self.root}:tenants:{model}:{lane}"
+
+    def held(self, engine: str) -> str:
+        """Set: ids of the requests that this engine holds."""
+        return f"{self.root}:held:{engine}"
 
     def dead(self, model: str) -> str:
         """Dead-letter stream: fields id, error, attempts, body."""
@@ -92,6 +137,15 @@ class Keys:
     def operation(self, request_id: str) -> str:
         """String, with a TTL from its end on: one of those changes, and what has become of it."""
         return f"{self.root}:operation:{request_id}"
+
+    def use(self, tenant: str) -> str:
+        """Hash, until they have passed: when what a tenant has used of its minutes is paid off (access_scripts.py)."""
+        return f"{self.root}:use:{tenant}"
+
+    @property
+    def api_keys(self) -> str:
+        """Hash: id of an API key -> its record as JSON, with hashes of its secrets."""
+        return f"{self.root}:api-keys"
 
     def work(self, model: str) -> str:
         """Channel: something to lease has come."""

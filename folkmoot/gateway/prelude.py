@@ -1,8 +1,13 @@
-"""What the queue's scripts (scripts.py) have in common, in Lua: keys, counters, the journal, and how a request ends."""
+"""What the queue's scripts (scripts.py) have in common, in Lua: keys, the journal, and how a request ends."""
 
-# Request hash: model lane tenant body digest cost state epoch attempts engine entry next submitted deadline
-#               queue_deadline grace attended retention watchers error
-PRELUDE = """
+from folkmoot.gateway.access_scripts import LIMITS
+from folkmoot.gateway.layout import CHECK_LAYOUT
+from folkmoot.gateway.shares import SHARES
+
+# Request hash: model lane tenant body digest cost answer weight state epoch attempts engine entry next submitted
+#               deadline queue_deadline grace attended retention watchers error token_ms
+PRELUDE = (
+    """
 local root = KEYS[1]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -12,12 +17,10 @@ local function request_key(id) return root .. ':request:' .. id end
 local function journal_key(id) return root .. ':journal:' .. id end
 local function queue_key(model, lane) return root .. ':queue:' .. model .. ':' .. lane end
 
-local function count(r, state, sign)
-  local key = root .. ':load:' .. r.model .. ':' .. r.lane
-  redis.call('HINCRBY', key, state .. '_requests', sign)
-  redis.call('HINCRBY', key, state .. '_tokens', sign * r.cost)
-end
-
+"""
+    + SHARES
+    + LIMITS
+    + """
 -- Protobuf framing of internal.Batch, Event, and GenerateResponse with offset and finish: see proto/folkmoot/v1.
 local function varint(n)
   local out = ''
@@ -52,9 +55,10 @@ local function flush()
   end
 end
 
-local FIELDS = {'model', 'lane', 'cost', 'state', 'epoch', 'attempts', 'engine', 'entry', 'next', 'deadline',
-                'queue_deadline', 'grace', 'attended', 'retention', 'watchers'}
-local NUMBERS = {'cost', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention'}
+local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'weight', 'state', 'epoch', 'attempts', 'engine', 'entry',
+                'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers', 'token_ms'}
+local NUMBERS = {'cost', 'answer', 'weight', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace',
+                 'attended', 'retention', 'token_ms'}
 local function read(id)
   local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
   if not values[1] then return nil end
@@ -64,13 +68,24 @@ local function read(id)
   return r
 end
 
--- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else.
-local function close(id, r, offset, payload, by)
+-- An engine's leases, by request id.
+local function held_key(engine) return root .. ':held:' .. engine end
+local function free(id, r)
+  if r.state == 'running' then redis.call('SREM', held_key(r.engine), id) end
+end
+
+-- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else. `used`: the tokens
+-- that it really took, prompt and answer, or nil.
+local function close(id, r, offset, payload, by, used)
   journal(id, r, offset, payload)
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
-  local queue = queue_key(r.model, r.lane)
-  redis.call('XACK', queue, 'engines', r.entry)
-  redis.call('XDEL', queue, r.entry)
+  leave_line(r)
+  free(id, r)
+  used = used or (r.answer > 0 and r.cost - r.answer + offset or r.cost)
+  if r.epoch > 0 then settle(r, used) end
+  settle_minutes(r, used)
+  rank(r)
+  redis.call('XDEL', queue_key(r.model, r.lane), r.entry)
   if r.state == 'running' and by == 0 then
     redis.call('PUBLISH', root .. ':control:' .. r.engine, id)
   end
@@ -99,10 +114,8 @@ local function bury(id, r, message)
   close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 
--- A queue entry stays pending, but idle for ages: the next lease claims it before any new entry.
-local function leave(r)
-  redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', r.engine, 0, r.entry, 'IDLE', 86400000, 'JUSTID')
-end
+-- A request on its last attempt may be the one that kills engines.
+local function is_last_attempt(r, max_attempts) return r.attempts > 0 and r.attempts == max_attempts - 1 end
 
 -- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
 -- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
@@ -114,14 +127,17 @@ local function hand_back(id, r, max_attempts, message)
   end
   count(r, 'running', -1)
   count(r, 'waiting', 1)
-  local attempts = message == '' and r.attempts - 1 or r.attempts
-  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', attempts, 'error', message)
-  leave(r)
+  free(id, r)
+  if message == '' then r.attempts = r.attempts - 1 end
+  r.state = 'queued'
+  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', r.attempts, 'error', message)
+  line_up_again(r, is_last_attempt(r, max_attempts))
+  rank(r)
   woken[r.model] = true
   return 'requeued'
 end
 local function wake()
-  for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, 'again') end
+  for model in pairs(woken) do redis.call('PUBLISH', root .. ':work:' .. model, '') end
 end
 local function gone_key(engine) return root .. ':gone:' .. engine end
 
@@ -131,3 +147,5 @@ local function watch(id, r, gateway)
   redis.call('HSET', request_key(id), 'watchers', r.watchers)
 end
 """
+    + CHECK_LAYOUT
+)

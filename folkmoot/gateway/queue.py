@@ -8,15 +8,15 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from folkmoot.gateway.batching import Batcher
-from folkmoot.gateway.errors import QueueFull, RequestIdTaken, UnknownRequest
+from folkmoot.gateway.errors import LimitReached, QueueFull, RequestIdTaken, UnknownRequest
 from folkmoot.gateway.keys import LANES, Lane
+from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.store import Store
 
@@ -24,6 +24,7 @@ LANE_OF: dict[int, Lane] = {pb.LANE_UNSPECIFIED: "interactive", pb.INTERACTIVE: 
 PB_LANE: dict[str, "pb.Lane"] = {"interactive": pb.INTERACTIVE, "batch": pb.BATCH}
 PB_STATE: dict[str, "pb.RequestState"] = {"queued": pb.QUEUED, "running": pb.RUNNING, "done": pb.DONE}
 
+UNLIMITED = 1 << 40
 HANDED_BACK_MS = 3_600_000  # handed back leases count as idle for a day; no lease that runs is idle for so long
 
 
@@ -36,8 +37,9 @@ class QueueSettings:
     retention_s: float = 600.0  # a finished journal can be read for so long
     max_waiting_requests: int = 1024  # per model and lane
     max_waiting_tokens: int = 4_000_000  # per model and lane, prompt and answer, estimated
-    queue_timeout_s: float = 300.0  # a request that no engine ever took ends after so long
+    queue_timeout_s: float = 300.0  # an interactive request that no engine ever took ends after so long
     retry_after_ms: int = 1000  # the hint that goes with a refusal
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # shares of a lane; 1 for who is not named
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Submission:
     remaining_s: float  # until its deadline
     grace_s: float  # it is cancelled when no gateway attended to it for so long; 0: never
     gateway: str = ""  # whom to push its journal to
+    limits: Limits = NO_LIMITS  # of the request's tenant
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Lease:
     cost: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
+
+    @property
+    def is_batch(self) -> bool:
+        """Which of the two lanes."""
+        return LANE_OF[self.request.lane] == "batch"
 
 
 class Held(StrEnum):
@@ -89,13 +97,27 @@ class Append:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What an engine has room for: requests, and estimated tokens (the last one may go beyond them)."""
+
+    requests: int = UNLIMITED
+    tokens: int = UNLIMITED
+
+
+@dataclass(frozen=True)
 class Load:
-    """Requests and estimated tokens of one model, both lanes together."""
+    """Requests and estimated tokens of one model, of one lane or one tenant or all together."""
 
     waiting_requests: int = 0
     waiting_tokens: int = 0
     running_requests: int = 0
     running_tokens: int = 0
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+COUNTERS = tuple(one.name for one in fields(Load))
 
 
 @dataclass(frozen=True)
@@ -117,20 +139,21 @@ class RequestQueue:
         self.store = store
         self.settings = settings or QueueSettings()
         self._submissions = Batcher(self._submit_many)
-        self._last_claim_s = 0.0
 
     # ------------------------------------------------------------------------------------ a gateway's side
 
     async def submit(self, submission: Submission) -> bool:
         """Queue a request; concurrent calls share a round trip. False where this id was already submitted.
 
-        Raises QueueFull, RequestIdTaken (same id, other content), StoreError.
+        Raises QueueFull, LimitReached, RequestIdTaken (same id, other content), StoreError.
         """
         answer = await self._submissions(submission)
         if answer in (b"ok", b"same"):
             return answer == b"ok"
         if answer == b"taken":
             raise RequestIdTaken(submission.request_id)
+        if answer.startswith(b"limit:"):
+            raise self._limit_reached(submission, answer)
         s = self.settings
         limit, value = (
             ("max_waiting_requests", s.max_waiting_requests)
@@ -138,6 +161,11 @@ class RequestQueue:
             else ("max_waiting_tokens", s.max_waiting_tokens)
         )
         raise QueueFull(limit, value, s.retry_after_ms)
+
+    def _limit_reached(self, submission: Submission, answer: bytes) -> LimitReached:
+        _, name, wait = answer.decode().split(":")
+        retry_after_ms = None if wait == "-1" else int(wait) or self.settings.retry_after_ms
+        return LimitReached(name, getattr(submission.limits, name), retry_after_ms, submission.cost)
 
     async def _submit_many(self, submissions: Sequence[Submission]) -> list[bytes]:
         s = self.settings
@@ -152,12 +180,15 @@ class RequestQueue:
                 hashlib.blake2b(body, digest_size=16).digest(),
                 body,
                 one.cost,
+                min(one.request.sampling.max_tokens, one.cost),
+                str(s.tenant_weights.get(one.request.tenant, 1.0)),
                 _ms(one.remaining_s),
                 _ms(s.queue_timeout_s),
                 _ms(one.grace_s),
                 _ms(s.retention_s),
                 s.max_waiting_requests,
                 s.max_waiting_tokens,
+                one.limits.packed,
             )
         answers: list[bytes] = await self.store.run("submit", *args)
         return answers
@@ -196,30 +227,27 @@ class RequestQueue:
     # ------------------------------------------------------------------------------------ an engine's side
 
     async def lease(
-        self, model: str, engine: str, max_requests: int, max_tokens: int = 1 << 40, *, claim: bool | None = None
+        self, model: str, engine: str, max_requests: int, max_tokens: int = UNLIMITED, *, batch: Room | None = None
     ) -> list[Lease]:
-        """Take up to `max_requests` requests, interactive ones first, until their estimates reach `max_tokens`.
+        """Take up to `max_requests` requests, until their estimates reach `max_tokens`: interactive ones, then of the
+        batch lane what also has room in `batch` (default: no limits of its own).
 
-        Does not wait. `claim`: look for leases to take over too (default: where the last look is lease_s / 8 ago).
-        Those handed back are taken at once; expired ones only where the store has been within reach for a whole
-        lease_s, since while it was away nobody could renew.
+        Does not wait. Those handed back are taken first; also expired leases, but only where the store has been within
+        reach for a whole lease_s, since while it was away nobody could renew.
         """
         s = self.settings
-        if claim is None:
-            claim = time.monotonic() - self._last_claim_s > s.lease_s / 8
-        idle_ms = 0
-        if claim:
-            self._last_claim_s = time.monotonic()
-            idle_ms = _ms(s.lease_s) if self.store.steady_for_s > s.lease_s else HANDED_BACK_MS
-        rows = await self.store.run("lease", model, engine, max_requests, max_tokens, s.max_attempts, idle_ms)
+        batch = batch or Room()
+        idle_ms = _ms(s.lease_s) if self.store.steady_for_s > s.lease_s else HANDED_BACK_MS
+        limits = (max_requests, max_tokens, batch.requests, batch.tokens)
+        rows = await self.store.run("lease", model, engine, *limits, s.max_attempts, idle_ms)
         return [_lease(row) for row in rows]
 
-    async def renew(self, engine: str, leases: Sequence[Lease]) -> list[Held]:
+    async def renew(self, leases: Sequence[Lease]) -> list[Held]:
         """Keep leases for another lease_s. One answer a lease: HELD, LOST or DONE."""
         if not leases:
             return []
         args = [part for lease in leases for part in (lease.request_id, lease.epoch)]
-        return [Held(answer.decode()) for answer in await self.store.run("renew", engine, *args)]
+        return [Held(answer.decode()) for answer in await self.store.run("renew", *args)]
 
     async def append_many(self, appends: Sequence[Append]) -> list[Held]:
         """Journal tokens of many requests in one round trip. One answer an append: OK, LOST, DONE or GAP.
@@ -235,7 +263,10 @@ class RequestQueue:
             last = one.response.HasField("finish")
             if not size and not last:
                 raise ValueError("an append needs tokens or a finish: text alone would be sent twice to who resumes")
-            args += (one.request_id, one.epoch, one.response.offset, size, one.response.SerializeToString(), int(last))
+            prompt = one.response.usage.prompt_tokens
+            used = prompt + one.response.offset + size if prompt else 0
+            payload = one.response.SerializeToString()
+            args += (one.request_id, one.epoch, one.response.offset, size, payload, int(last), used)
         return [Held(answer.decode()) for answer in await self.store.run("append", *args)]
 
     async def release(self, leases: Sequence[Lease], error: str = "") -> list[str]:
@@ -250,23 +281,34 @@ class RequestQueue:
         answers = await self.store.run("release", self.settings.max_attempts, *args)
         return [answer.decode() for answer in answers]
 
-    async def abandon(self, model: str, engine: str, error: str = "") -> int:
+    async def abandon(self, engine: str, error: str = "") -> int:
         """Give back whatever `engine` holds, for one who knows that it is dead; answers how many leases that were.
 
         `error` as for `release`. No engine of this name gets a lease for the next ten minutes, so that one which is
         not quite dead does not take them again: a new engine process needs a new name.
         """
-        given: int = await self.store.run("abandon", model, engine, self.settings.max_attempts, error)
+        given: int = await self.store.run("abandon", engine, self.settings.max_attempts, error)
         return given
 
     async def load(self, model: str) -> Load:
-        """Waiting and running work of one model."""
-        total = dict.fromkeys(asdict(Load()), 0)
-        for lane in LANES:
-            flat = await self.store.command("HMGET", self.store.keys.load(model, lane), *total)
-            for name, value in zip(total, flat, strict=True):
-                total[name] += int(value or 0)
-        return Load(**total)
+        """Waiting and running work of one model, both lanes together."""
+        return sum([await self.lane_load(model, lane) for lane in LANES], Load())
+
+    async def lane_load(self, model: str, lane: Lane) -> Load:
+        """Waiting and running work of one lane."""
+        values = await self.store.command("HMGET", self.store.keys.load(model, lane), *COUNTERS)
+        return Load(*(int(value or 0) for value in values))
+
+    async def tenant_loads(self, model: str, lane: Lane, limit: int = 10) -> dict[str, Load]:
+        """The tenants that are owed the most tokens in a lane, the greatest first, at most `limit`."""
+        keys = self.store.keys
+        tenants = await self.store.command("ZRANGE", keys.tenants(model, lane), 0, limit - 1, "REV")
+        if not tenants:
+            return {}
+        names = [name.encode() + b" " + tenant for tenant in tenants for name in COUNTERS]
+        flat = [int(value or 0) for value in await self.store.command("HMGET", keys.tenant_load(model, lane), *names)]
+        size = len(COUNTERS)
+        return {tenant.decode(): Load(*flat[i * size : (i + 1) * size]) for i, tenant in enumerate(tenants)}
 
     # ---------------------------------------------------------------------------------- models and cluster
 

@@ -8,20 +8,43 @@
     - Only `close` makes a request done, once; it writes the journal's last entry and tells everyone who watches.
     - Whoever touches a request whose deadline has passed, or that nobody attends to any more, closes it.
 
-Times are the store's clock in Unix milliseconds. KEYS[1] is the hash tag all keys begin with (keys.py).
+Who is next is said in shares.py. Times are the store's clock in Unix milliseconds. KEYS[1] is the hash tag all keys
+begin with (keys.py).
 """
 
+from folkmoot.gateway.access_scripts import SWAP_KEY
 from folkmoot.gateway.prelude import PRELUDE
 
-# ARGV: gateway, then 13 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens.
+# ARGV: gateway, then 16 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
+# limit:NAME:MS (over_limits).
 SUBMIT = (
     PRELUDE
     + """
+check_layout()
 local gateway = ARGV[1]
 local out, fed = {}, {}
-for i = 2, #ARGV, 13 do
+
+-- A full lane still takes requests of tenants that have less than their share of it waiting. So one tenant's flood
+-- shuts nobody else out, and however many tenants there are, the lane holds at most (1 + ln max) times max.
+local function is_full(r, max_requests, max_tokens)
+  local names = {'waiting_requests', 'waiting_tokens'}
+  local all = redis.call('HMGET', lane_key('load', r), unpack(names))
+  local own = redis.call('HMGET', lane_key('tenant-load', r), names[1] .. ' ' .. r.tenant, names[2] .. ' ' .. r.tenant)
+  local tenants = redis.call('ZCARD', lane_key('turns', r)) + (own[1] and 0 or 1)
+  if tonumber(all[1] or 0) >= max_requests and tonumber(own[1] or 0) >= math.floor(max_requests / tenants) then
+    return 'full:requests'
+  end
+  local after = tonumber(own[2] or 0) + r.cost
+  if tonumber(all[2] or 0) + r.cost > max_tokens and after > max_tokens / tenants and own[1] then
+    return 'full:tokens'
+  end
+end
+
+for i = 2, #ARGV, 16 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
-  local cost, remaining, queueing, grace, retention, max_requests, max_tokens = unpack(ARGV, i + 6, i + 12)
+  local cost, answer, weight, remaining, queueing, grace, retention = unpack(ARGV, i + 6, i + 12)
+  local max_requests, max_tokens = tonumber(ARGV[i + 13]), tonumber(ARGV[i + 14])
+  local limits = ARGV[i + 15]
   local key = request_key(id)
   local known = redis.call('HMGET', key, 'digest', 'watchers')
   if known[1] then
@@ -33,20 +56,22 @@ for i = 2, #ARGV, 13 do
       out[#out + 1] = 'taken'
     end
   else
-    local r = {model = model, lane = lane, cost = tonumber(cost)}
-    local load = redis.call('HMGET', root .. ':load:' .. model .. ':' .. lane, 'waiting_requests', 'waiting_tokens')
-    if tonumber(load[1] or 0) >= tonumber(max_requests) then
-      out[#out + 1] = 'full:requests'
-    elseif tonumber(load[2] or 0) + r.cost > tonumber(max_tokens) and tonumber(load[1] or 0) > 0 then
-      out[#out + 1] = 'full:tokens'
+    local r = {model = model, lane = lane, tenant = tenant, cost = tonumber(cost), weight = tonumber(weight),
+               deadline = now + remaining}
+    local full = over_limits(r, limits, max_requests) or is_full(r, max_requests, max_tokens)
+    if full then
+      out[#out + 1] = full
     else
-      local entry = redis.call('XADD', queue_key(model, lane), '*', 'id', id, 'cost', cost)
+      r.entry = redis.call('XADD', queue_key(model, lane), '*', 'id', id, 'cost', cost, 'tenant', tenant)
       redis.call('HSET', key, 'model', model, 'lane', lane, 'tenant', tenant, 'digest', digest, 'body', body,
-                 'cost', cost, 'state', 'queued', 'epoch', 0, 'attempts', 0, 'engine', '', 'entry', entry, 'next', 0,
-                 'submitted', now, 'deadline', now + remaining, 'queue_deadline', now + queueing, 'grace', grace,
-                 'attended', now + grace, 'retention', retention, 'watchers', gateway)
+                 'cost', cost, 'answer', answer, 'weight', weight, 'state', 'queued', 'epoch', 0, 'attempts', 0,
+                 'engine', '', 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
+                 'queue_deadline', lane == 'batch' and r.deadline or now + queueing, 'grace', grace,
+                 'attended', now + grace, 'retention', retention, 'watchers', gateway,
+                 'token_ms', charge_minutes(r, limits))
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
+      line_up(r)
       fed[model] = true
       out[#out + 1] = 'ok'
     end
@@ -57,22 +82,22 @@ return out
 """
 )
 
-# ARGV: model, engine, max requests, max tokens, max attempts, idle ms (look for leases that were not renewed for so
-# long; 0: do not look).
+# ARGV: model, engine, max requests and max tokens of both lanes together, the same of the batch lane, max attempts,
+# idle ms (leases that were not renewed for so long are taken over).
 # Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
 LEASE = (
     PRELUDE
     + """
 local model, engine = ARGV[1], ARGV[2]
 local room, token_room = tonumber(ARGV[3]), tonumber(ARGV[4])
-local max_attempts, idle_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
+local batch_room, batch_token_room = tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_attempts, idle_ms = tonumber(ARGV[7]), tonumber(ARGV[8])
 local out = {}
 if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
--- A request on its last attempt may be the one that kills engines. An engine runs one of them at a time, so that no
--- other goes into the dead letters with it.
+-- An engine runs one request at a time that is on its last attempt, so that the one that kills engines takes no other
+-- into the dead letters with it.
 local trial_key = root .. ':trial:' .. engine
-local function is_last_attempt(r) return r.attempts > 0 and r.attempts == max_attempts - 1 end
 local function on_trial()
   local id = redis.call('GET', trial_key)
   local r = id and read(id)
@@ -80,10 +105,15 @@ local function on_trial()
 end
 
 local function take(id, r)
-  if is_last_attempt(r) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
+  if is_last_attempt(r, max_attempts) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
-  r.state, r.epoch, r.attempts = 'running', r.epoch + 1, r.attempts + 1
+  free(id, r)
+  if r.epoch == 0 then leave_waiting(r) end
+  r.state, r.epoch, r.attempts, r.engine = 'running', r.epoch + 1, r.attempts + 1, engine
   count(r, 'running', 1)
+  rank(r)
+  hold(r)
+  redis.call('SADD', held_key(engine), id)
   local key = request_key(id)
   redis.call('HSET', key, 'state', 'running', 'epoch', r.epoch, 'attempts', r.attempts, 'engine', engine)
   local rest = redis.call('HMGET', key, 'body', 'submitted')
@@ -94,52 +124,58 @@ local function take(id, r)
   out[#out + 1] = {id, r.epoch, r.attempts, rest[1], r.next, r.deadline - now, tonumber(rest[2]),
                    now - tonumber(rest[2]), r.cost, payloads}
   room, token_room = room - 1, token_room - r.cost
+  if r.lane == 'batch' then batch_room, batch_token_room = batch_room - 1, batch_token_room - r.cost end
 end
 
--- One entry of a queue, that nobody holds now. Its record may be gone: then only the counters are put right.
-local function consider(queue, lane, entry, fields)
-  local id = fields[2]
-  local r = read(id)
-  if not r or r.state == 'done' then
-    redis.call('XACK', queue, 'engines', entry)
-    redis.call('XDEL', queue, entry)
-    if not r then count({model = model, lane = lane, cost = tonumber(fields[4])}, 'waiting', -1) end
+-- One entry that nobody holds now. Its record may be gone: then only the line and the counters are put right.
+local function consider(found)
+  local item = redis.call('XRANGE', queue_key(model, found.lane), found.entry, found.entry)[1]
+  local id = item and item[2][2]
+  local r = id and read(id)
+  if not r then
+    if item then
+      found.cost, found.tenant = tonumber(item[2][4]), item[2][6]
+      count(found, found.state, -1)
+      redis.call('XDEL', queue_key(model, found.lane), found.entry)
+    end
+    leave_line(found)
   elseif not over(id, r) then
     if r.attempts >= max_attempts then
       local last = redis.call('HGET', request_key(id), 'error')
       if not last or last == '' then last = 'the engine was lost' end
       bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. last)
-    elseif is_last_attempt(r) and on_trial() then
-      leave(r)
+    elseif is_last_attempt(r, max_attempts) and on_trial() then
+      line_up_again(r, true)
     else
       take(id, r)
     end
   end
 end
 
-local function create(queue) redis.pcall('XGROUP', 'CREATE', queue, 'engines', '0', 'MKSTREAM') end
-
-for _, lane in ipairs({'interactive', 'batch'}) do
-  local queue = queue_key(model, lane)
-  if idle_ms > 0 then
-    create(queue)
-    local cursor = '0-0'
-    repeat
-      if room <= 0 or token_room <= 0 then break end
-      local claimed = redis.call('XAUTOCLAIM', queue, 'engines', engine, idle_ms, cursor, 'COUNT', 1)
-      for _, item in ipairs(claimed[2]) do consider(queue, lane, item[1], item[2]) end
-      cursor = claimed[1]
-    until cursor == '0-0'
+-- What is next in a lane.
+local function next_of(lane)
+  local found = {model = model, lane = lane, state = 'waiting', tenant = ''}
+  local idle = redis.call('ZRANGE', lane_key('leases', found), '-inf', now - idle_ms, 'BYSCORE', 'LIMIT', 0, 1,
+                          'WITHSCORES')
+  if idle[1] then
+    found.entry, found.state = idle[1], idle[2] == '0' and 'waiting' or 'running'
+    return found
   end
-  while room > 0 and token_room > 0 do
-    local got = redis.pcall('XREADGROUP', 'GROUP', 'engines', engine, 'COUNT', 1, 'STREAMS', queue, '>')
-    if got and got.err then  -- no group yet
-      create(queue)
-      got = redis.call('XREADGROUP', 'GROUP', 'engines', engine, 'COUNT', 1, 'STREAMS', queue, '>')
-    end
-    if not got then break end
-    local item = got[1][2][1]
-    consider(queue, lane, item[1], item[2])
+  found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
+  if found.entry and not on_trial() then return found end
+  found.tenant = redis.call('ZRANGE', lane_key('turns', found), 0, 0)[1]
+  found.entry = found.tenant and redis.call('ZRANGE', waiting_key(found), 0, 0)[1]
+  return found.entry and found
+end
+
+local function has_room(lane)
+  return room > 0 and token_room > 0 and (lane == 'interactive' or (batch_room > 0 and batch_token_room > 0))
+end
+for _, lane in ipairs({'interactive', 'batch'}) do
+  while has_room(lane) do
+    local found = next_of(lane)
+    if not found then break end
+    consider(found)
   end
 end
 flush()
@@ -147,13 +183,12 @@ return out
 """
 )
 
-# ARGV: engine, then pairs id, epoch. Returns per lease: held | lost | done.
+# ARGV: pairs id, epoch. Returns per lease: held | lost | done.
 RENEW = (
     PRELUDE
     + """
-local engine = ARGV[1]
 local out = {}
-for i = 2, #ARGV, 2 do
+for i = 1, #ARGV, 2 do
   local id, epoch = ARGV[i], tonumber(ARGV[i + 1])
   local r = read(id)
   if not r or r.epoch ~= epoch or (r.state ~= 'running' and r.state ~= 'done') then
@@ -161,7 +196,7 @@ for i = 2, #ARGV, 2 do
   elseif over(id, r) then
     out[#out + 1] = 'done'
   else
-    redis.call('XCLAIM', queue_key(r.model, r.lane), 'engines', engine, 0, r.entry, 'JUSTID')
+    hold(r)
     out[#out + 1] = 'held'
   end
 end
@@ -170,15 +205,17 @@ return out
 """
 )
 
-# ARGV: per append: id, epoch, offset, number of tokens, payload, last (0 or 1).
+# ARGV: per append: id, epoch, offset, number of tokens, payload, last (0 or 1), with the last the tokens that the
+# request took, prompt and answer (0: not known).
 # Returns per append: ok | lost | done | gap.
 APPEND = (
     PRELUDE
     + """
 local out = {}
-for i = 1, #ARGV, 6 do
+for i = 1, #ARGV, 7 do
   local id, epoch, offset = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local size, payload, last = tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5] == '1'
+  local used = tonumber(ARGV[i + 6])
   local r = read(id)
   if not r or r.epoch ~= epoch or r.state == 'queued' then
     out[#out + 1] = 'lost'
@@ -193,7 +230,7 @@ for i = 1, #ARGV, 6 do
     out[#out + 1] = 'done'
   elseif last then
     -- A closing entry without tokens shares its offset with none: the next free one.
-    close(id, r, offset, payload, epoch)
+    close(id, r, offset, payload, epoch, used > 0 and used or nil)
     redis.call('HSET', request_key(id), 'next', offset + size)
     out[#out + 1] = 'ok'
   else
@@ -232,36 +269,23 @@ return out
 """
 )
 
-# Gives back all that a dead engine holds, and lets it have no lease any more. ARGV: model, engine, max attempts, error
-# (as above). Returns the number of leases. What another engine has taken over is pending in that one's name.
+# Gives back all that a dead engine holds, and lets it have no lease any more. ARGV: engine, max attempts, error (as
+# above). Returns the number of leases. What another engine has taken over is held in that one's name.
 ABANDON = (
     PRELUDE
     + """
-local model, engine, max_attempts, message = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local engine, max_attempts, message = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 redis.call('SET', gone_key(engine), message, 'PX', 600000)
 redis.call('ZADD', root .. ':engines', 'XX', now, engine)
 local given = 0
-
-local function consider(queue, entry)
-  local item = redis.call('XRANGE', queue, entry, entry)[1]
-  local id = item and item[2][2]
-  local r = id and read(id)
-  if r and r.state == 'running' and r.engine == engine and not over(id, r) then
+for _, id in ipairs(redis.call('SMEMBERS', held_key(engine))) do
+  local r = read(id)
+  if not r then
+    redis.call('SREM', held_key(engine), id)
+  elseif not over(id, r) then
     hand_back(id, r, max_attempts, message)
     given = given + 1
   end
-end
-
-for _, lane in ipairs({'interactive', 'batch'}) do
-  local queue, from, pending = queue_key(model, lane), '-', nil
-  repeat
-    pending = redis.pcall('XPENDING', queue, 'engines', from, '+', 100, engine)
-    if pending.err then break end  -- no group yet
-    for _, item in ipairs(pending) do
-      consider(queue, item[1])
-      from = '(' .. item[1]
-    end
-  until #pending < 100
 end
 wake()
 flush()
@@ -326,24 +350,20 @@ return out
 """
 )
 
-# ARGV: model, engine, heartbeat ms, record JSON. Also clears consumers of engines long gone.
+# ARGV: model, engine, heartbeat ms, record JSON. Also forgets engines long gone.
 REGISTER = (
     PRELUDE
     + """
+check_layout()
 local model, engine, beat_ms, record = unpack(ARGV)
 if redis.call('EXISTS', gone_key(engine)) == 1 then return now end
 redis.call('ZADD', root .. ':engines', now + beat_ms, engine)
 redis.call('HSET', root .. ':engine-models', engine, model)
 redis.call('HSET', root .. ':models', model, record)
 for _, gone in ipairs(redis.call('ZRANGEBYSCORE', root .. ':engines', '-inf', now - 600000)) do
-  local served = redis.call('HGET', root .. ':engine-models', gone)
   redis.call('ZREM', root .. ':engines', gone)
   redis.call('HDEL', root .. ':engine-models', gone)
-  for _, lane in ipairs({'interactive', 'batch'}) do
-    local queue = queue_key(served, lane)
-    local pending = redis.pcall('XPENDING', queue, 'engines', '-', '+', 1, gone)
-    if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', queue, 'engines', gone) end
-  end
+  redis.call('DEL', held_key(gone))
 end
 return now
 """
@@ -360,4 +380,5 @@ ALL = {
     "attend": ATTEND,
     "follow": FOLLOW,
     "register": REGISTER,
+    "swap_key": SWAP_KEY,
 }

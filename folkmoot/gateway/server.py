@@ -11,16 +11,23 @@ from grpc_reflection.v1alpha import reflection
 
 from folkmoot.gateway import readiness, tasks
 from folkmoot.gateway.admin import AdminService
+from folkmoot.gateway.api_keys import KeyRing, KeyStore
+from folkmoot.gateway.auth import Door
 from folkmoot.gateway.journal import JournalReader
 from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.pb import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.service import FolkmootService
-from folkmoot.gateway.settings import GatewaySettings
+from folkmoot.gateway.settings import GatewaySettings, is_local
 from folkmoot.gateway.store import Store
+from folkmoot.gateway.tls import Certificates
 
 log = logging.getLogger(__name__)
 
+MAX_METADATA_BYTES = 16 << 10
+MAX_CONNECTIONS = 4096
+HANDSHAKE_MS = 10_000
+"""Who has not finished TLS and HTTP/2's greeting by then is cut off."""
 CUT_S = 2.0  # for the last words to streams that did not finish in time
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Folkmoot"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -35,11 +42,13 @@ async def serve(
 
     `on_listening` gets the address with the real port (for a `listen` that ends with :0).
     The store may be away at the start: calls answer UNAVAILABLE until it is there. Raises RuntimeError where the
-    address cannot be bound.
+    address cannot be bound, TlsError where the certificates are unsound.
     """
+    certificates = Certificates(settings.tls) if settings.tls is not None else None
     store = Store(settings.redis, settings.namespace)
     queue = RequestQueue(store, settings.queue)
-    server = grpc.aio.server(options=_options(settings))
+    keys = KeyRing(KeyStore(store)) if settings.require_keys else None
+    server = grpc.aio.server(options=_options(settings), interceptors=(Door(keys, settings.max_calls),))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -48,8 +57,9 @@ async def serve(
             service = FolkmootService(settings, queue, reader)
             gateway_pb2_grpc.add_FolkmootServicer_to_server(service, server)  # type: ignore[no-untyped-call]
             admin_pb2_grpc.add_AdminServicer_to_server(AdminService(Operations(store)), server)  # type: ignore[no-untyped-call]
-            port = server.add_insecure_port(settings.listen)
+            port = _bind(server, settings.listen, certificates)
             await server.start()
+            _warn(settings)
             await _say(checks, health_pb2.HealthCheckResponse.SERVING)
             watching = asyncio.create_task(readiness.watch(queue, lambda is_ready: _say_ready(checks, is_ready)))
             on_listening(f"{settings.listen.rpartition(':')[0]}:{port}")
@@ -67,6 +77,23 @@ async def serve(
         await store.close()
 
 
+def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:
+    """The port that was taken."""
+    if certificates is None:
+        return int(server.add_insecure_port(listen))
+    return int(server.add_secure_port(listen, certificates.credentials()))
+
+
+def _warn(settings: GatewaySettings) -> None:
+    """Say what is not as safe as it could be."""
+    if is_local(settings.listen):
+        return
+    if not settings.is_guarded:
+        log.warning("INSECURE: whoever reaches %s is served, and may change the cluster", settings.listen)
+    if settings.tls is None:
+        log.warning("no TLS: prompts, answers and keys can be read on their way to %s", settings.listen)
+
+
 async def _say(checks: health.aio.HealthServicer, state: int) -> None:
     for name in ("", SERVICE):
         await checks.set(name, state)
@@ -80,6 +107,11 @@ async def _say_ready(checks: health.aio.HealthServicer, is_ready: bool) -> None:
 def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.so_reuseport", 1),  # several gateway processes may share one port
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

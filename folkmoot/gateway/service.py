@@ -10,14 +10,16 @@ from typing import Any, NoReturn
 import grpc
 
 from folkmoot.gateway import status
-from folkmoot.gateway.errors import GatewayError, GatewayStopping, StoreError, UnknownRequest
+from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
+from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
 from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
-from folkmoot.gateway.validate import InvalidRequest, check, choose_model, estimate_tokens
+from folkmoot.gateway.tenancy import caller
+from folkmoot.gateway.validate import InvalidRequest, check, check_id, choose_model, estimate_tokens
 
 log = logging.getLogger(__name__)
 
@@ -67,26 +69,29 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     async def Follow(self, request: pb.FollowRequest, context: Context) -> None:
         """Stream an existing request; cancelling this call leaves it alone."""
         try:
-            stream = await self._reader.follow(request.request_id, request.offset)
-        except GatewayError as e:
+            request_id = _named(request.request_id)
+            stream = await self._reader.follow(request_id, request.offset)
+        except (GatewayError, InvalidRequest) as e:
             await _abort(context, status.of(e))
         try:
-            await self._stream(stream, context, time.monotonic() + self._settings.max_request_s, request.request_id)
+            await self._stream(stream, context, time.monotonic() + self._settings.max_request_s, request_id)
         finally:
             stream.close()
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.RequestStatus:
         """One look at a request."""
         try:
-            return await self._queue.status(request.request_id)
-        except GatewayError as e:
+            found = await self._queue.status(_named(request.request_id))
+            found.request_id = request.request_id
+            return found
+        except (GatewayError, InvalidRequest) as e:
             await _abort(context, status.of(e))
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a request."""
         try:
-            return pb.CancelResponse(was_running=await self._queue.cancel(request.request_id))
-        except GatewayError as e:
+            return pb.CancelResponse(was_running=await self._queue.cancel(_named(request.request_id)))
+        except (GatewayError, InvalidRequest) as e:
             await _abort(context, status.of(e))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -109,7 +114,11 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     # ----------------------------------------------------------------------------------------- behind it
 
     async def _accept(self, request: pb.GenerateRequest, call_remaining_s: float | None) -> Submission:
-        """Validated, with id, cost and budget of time. Raises InvalidRequest, StoreError."""
+        """Validated, with id, cost and budget of time. Raises InvalidRequest, OtherTenant, StoreError."""
+        who = caller()
+        if who.tenant and request.tenant not in ("", who.tenant):
+            raise OtherTenant
+        request.tenant = who.tenant or request.tenant
         model = choose_model(request, await self._known_models(request.model))
         check(request, model)
         request.model = model.name
@@ -125,13 +134,14 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         request.ClearField("timeout_s")
         request.ClearField("on_disconnect")
         return Submission(
-            request_id=request.request_id,
+            request_id=who.scoped(request.request_id),
             model=model.name,
             request=request,
             cost=estimate_tokens(request, model, self._settings.default_answer_tokens),
             remaining_s=budget_s,
             grace_s=grace_s,
             gateway=self._reader.gateway,
+            limits=who.limits,
         )
 
     async def _stream(self, stream: Stream, context: Context, ends_s: float, request_id: str) -> None:
@@ -154,9 +164,9 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             async with asyncio.timeout(self._settings.accept_after_s):
                 piece = await anext(stream)
         except TimeoutError:
-            await context.write(pb.GenerateResponse(request_id=request_id, offset=stream.position))
+            await context.write(pb.GenerateResponse(request_id=public(request_id), offset=stream.position))
             piece = await anext(stream)
-        piece.request_id = request_id
+        piece.request_id = public(request_id)
         await context.write(piece)
         while not piece.HasField("finish"):
             piece = await anext(stream)
@@ -199,7 +209,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         ready = list((await ready_engines(self._queue)).values())
         models = []
         for name, record in sorted((await self._queue.models()).items()):
-            load = await self._queue.load(name)
+            lanes = await lane_loads(self._queue, name)
             models.append(
                 pb.Model(
                     name=name,
@@ -208,15 +218,17 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                     max_logprobs=record.max_logprobs,
                     num_engines=engines.count(name),
                     num_ready_engines=ready.count(name),
-                    load=pb.QueueLoad(
-                        waiting_requests=load.waiting_requests,
-                        waiting_tokens=load.waiting_tokens,
-                        running_requests=load.running_requests,
-                        running_tokens=load.running_tokens,
-                    ),
+                    load=total(lanes),
+                    lanes=lanes,
                 )
             )
         return models
+
+
+def _named(request_id: str) -> str:
+    """The store's name of a request of the caller's. Raises InvalidRequest for what no id can be."""
+    check_id(request_id)
+    return caller().scoped(request_id)
 
 
 async def _abort(context: Context, what: status.Status) -> NoReturn:

@@ -7,6 +7,10 @@ StoreRefused      INTERNAL            ErrorInfo
 UnknownRequest    NOT_FOUND
 RequestIdTaken    ALREADY_EXISTS
 GatewayStopping   UNAVAILABLE         RetryInfo, and trailing metadata `retry-after-ms`
+TooManyCalls      RESOURCE_EXHAUSTED  the same
+LimitReached      RESOURCE_EXHAUSTED  the same where waiting helps; ErrorInfo.reason
+Unauthenticated   UNAUTHENTICATED
+PermissionDenied  PERMISSION_DENIED
 """
 
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from folkmoot.gateway.validate import InvalidRequest
 DOMAIN = "folkmoot"
 STORE_RETRY_MS = 1000
 STOPPING_RETRY_MS = 100
+CALLS_RETRY_MS = 1000
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 REASONS: dict[type[errors.StoreError], str] = {
@@ -60,6 +65,16 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STORE_RETRY_MS, REASONS[type(error)])
         case errors.GatewayStopping():
             return _retry(grpc.StatusCode.UNAVAILABLE, text, STOPPING_RETRY_MS, "GATEWAY_STOPPING")
+        case errors.LimitReached(retry_after_ms=None):
+            return _status(grpc.StatusCode.RESOURCE_EXHAUSTED, text, _info("TENANT_LIMIT"))
+        case errors.LimitReached():
+            return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, error.retry_after_ms or 0, "TENANT_LIMIT")
+        case errors.TooManyCalls():
+            return _retry(grpc.StatusCode.RESOURCE_EXHAUSTED, text, CALLS_RETRY_MS, "TOO_MANY_CALLS")
+        case errors.Unauthenticated():
+            return _status(grpc.StatusCode.UNAUTHENTICATED, text)
+        case errors.PermissionDenied():
+            return _status(grpc.StatusCode.PERMISSION_DENIED, text)
         case errors.UnknownRequest():
             return _status(grpc.StatusCode.NOT_FOUND, text)
         case errors.RequestIdTaken():

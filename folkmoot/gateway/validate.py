@@ -13,10 +13,17 @@ from folkmoot.gateway.queue import ModelRecord
 Fault = tuple[str, str]  # field, what is wrong with it
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
 LANES = frozenset(pb.Lane.values())
 ON_DISCONNECTS = frozenset(pb.OnDisconnect.values())
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+MAX_IDS = 4096  # stop tokens, biased tokens
+MAX_MESSAGES = 4096
+MAX_NAME_CHARS = 128  # a tenant, a role
+MAX_MODEL_CHARS = 256
+MAX_TOKEN_CHARS = 1024  # a text with more characters than this a token of the model's length cannot fit
+MAX_FAULTS = 16  # named in an answer, which has to fit into metadata
 
 # name: (smallest, smallest excluded, largest)
 RANGES: dict[str, tuple[float, bool, float]] = {
@@ -36,8 +43,9 @@ class InvalidRequest(ValueError):
     """The request's faults, each a field and a sentence."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        super().__init__("; ".join(f"{name}: {text}" for name, text in faults))
-        self.faults = faults
+        more = len(faults) - MAX_FAULTS
+        self.faults = faults if more <= 0 else [*faults[:MAX_FAULTS], ("more", f"{more} faults like these")]
+        super().__init__("; ".join(f"{name}: {text}" for name, text in self.faults))
 
 
 def choose_model(request: pb.GenerateRequest, models: Mapping[str, ModelRecord]) -> ModelRecord:
@@ -46,6 +54,8 @@ def choose_model(request: pb.GenerateRequest, models: Mapping[str, ModelRecord])
         return next(iter(models.values()))
     if request.model in models:
         return models[request.model]
+    if len(request.model) > MAX_MODEL_CHARS:
+        raise InvalidRequest([("model", f"must have at most {MAX_MODEL_CHARS} characters, has {len(request.model)}")])
     known = ", ".join(sorted(models)) or "none yet"
     what = f"unknown model {request.model!r}" if request.model else "must be given unless exactly one model is served"
     raise InvalidRequest([("model", f"{what}; known: {known}")])
@@ -56,6 +66,12 @@ def check(request: pb.GenerateRequest, model: ModelRecord) -> None:
     faults = [*_identity(request), *_prompt(request, model), *_sampling(request.sampling, model)]
     if faults:
         raise InvalidRequest(faults)
+
+
+def check_id(request_id: str) -> None:
+    """Raises InvalidRequest for what cannot be the id of a request."""
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest([("request_id", ID_RULE)])
 
 
 def estimate_tokens(request: pb.GenerateRequest, model: ModelRecord, default_answer_tokens: int) -> int:
@@ -73,9 +89,9 @@ def estimate_tokens(request: pb.GenerateRequest, model: ModelRecord, default_ans
 
 def _identity(request: pb.GenerateRequest) -> Iterator[Fault]:
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
-        yield "request_id", "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
-    if len(request.tenant) > 128:
-        yield "tenant", f"must have at most 128 characters, has {len(request.tenant)}"
+        yield "request_id", ID_RULE
+    if len(request.tenant) > MAX_NAME_CHARS:
+        yield "tenant", f"must have at most {MAX_NAME_CHARS} characters, has {len(request.tenant)}"
     if request.lane not in LANES:
         yield "lane", f"unknown lane {request.lane}"
     if request.on_disconnect not in ON_DISCONNECTS:
@@ -88,8 +104,8 @@ def _prompt(request: pb.GenerateRequest, model: ModelRecord) -> Iterator[Fault]:
     kind = request.WhichOneof("prompt")
     if kind is None:
         yield "prompt", "must be given: text, chat or tokens"
-    elif kind == "text" and not request.text:
-        yield "text", "must not be empty"
+    elif kind == "text":
+        yield from _text("text", len(request.text), model)
     elif kind == "chat":
         yield from _chat(request.chat, model)
     elif kind == "tokens":
@@ -101,11 +117,27 @@ def _chat(chat: pb.ChatPrompt, model: ModelRecord) -> Iterator[Fault]:
         yield "chat", f"model {model.name!r} has no chat template; send text or tokens"
     if not chat.messages:
         yield "chat.messages", "must not be empty"
+    if len(chat.messages) > MAX_MESSAGES:
+        yield "chat.messages", f"must have at most {MAX_MESSAGES} entries, has {len(chat.messages)}"
+        return
     for i, message in enumerate(chat.messages):
         if not message.role:
             yield f"chat.messages[{i}].role", "must not be empty"
+        elif len(message.role) > MAX_NAME_CHARS:
+            yield f"chat.messages[{i}].role", f"must have at most {MAX_NAME_CHARS} characters, has {len(message.role)}"
+    size = sum(len(message.content) for message in chat.messages)
+    if size:
+        yield from _text("chat.messages", size, model)
     if chat.messages and not any(message.content for message in chat.messages):
         yield "chat.messages", "must not all be empty"
+
+
+def _text(name: str, size: int, model: ModelRecord) -> Iterator[Fault]:
+    limit = MAX_TOKEN_CHARS * model.max_model_len
+    if not size:
+        yield name, "must not be empty"
+    elif size > limit:
+        yield name, f"must have at most {limit} characters, has {size}"
 
 
 def _tokens(request: pb.GenerateRequest, model: ModelRecord) -> Iterator[Fault]:
@@ -143,11 +175,13 @@ def _sampling(s: pb.SamplingParameters, model: ModelRecord) -> Iterator[Fault]:
     if s.stop or s.bad_words:
         yield from _stops("stop", s.stop)
         yield from _stops("bad_words", s.bad_words)
-    for name, ids in (
-        ("stop_token_ids", s.stop_token_ids),
-        ("allowed_token_ids", s.allowed_token_ids),
-        ("logit_bias", s.logit_bias),
+    for name, ids, limit in (
+        ("stop_token_ids", s.stop_token_ids, MAX_IDS),
+        ("allowed_token_ids", s.allowed_token_ids, model.vocab_size),
+        ("logit_bias", s.logit_bias, MAX_IDS),
     ):
+        if len(ids) > limit:
+            yield f"sampling.{name}", f"must have at most {limit} entries, has {len(ids)}"
         if ids:
             yield from _vocabulary(f"sampling.{name}", max(ids), model)
     for token, bias in s.logit_bias.items():

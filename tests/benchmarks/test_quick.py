@@ -15,6 +15,7 @@ KEYS = {
     },
     "throughput": {"ratio_bs8", "tokens_s_bs8", "tokens_s_vllm_bs8"},
     "hop": {"p50_us_1x4_16k", "p99_us_1x4_16k", "ray_actor_p50_us_1x4_16k"},
+    "lanes": {"ttft_p99_ratio", "itl_p99_ratio", "batch_throughput_retained"},
     "failover": {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
@@ -23,6 +24,7 @@ KEYS = {
 MUST_BE_ZERO = {
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
+    "lanes": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
 }
 """These hold on any machine, however busy."""
 

@@ -4,19 +4,22 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from folkmoot.cluster import bench, status_view
+from folkmoot.cluster import bench, cli, status_view
 from folkmoot.cluster.cli import main
 from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.gateway.api_keys import KEY
+from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of
 
-COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll"]
+COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll", "keys"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -194,3 +197,94 @@ def test_up_refuses_a_second_cluster(cluster: Cluster, mixtral: Path) -> None:
         done = cluster.run("up", "--model", str(mixtral), *detach)
         assert done.returncode == 1
         assert "runs already" in done.stderr
+
+
+# Who may call.
+
+
+def test_an_open_address_without_keys_is_refused_before_anything_starts(no_cluster: Cluster) -> None:
+    done = no_cluster.run("up", "--model", "demo", "--listen", "0.0.0.0:0")
+    assert done.returncode == 1
+    assert "--require-keys" in done.stderr and "--insecure" in done.stderr
+    assert not (no_cluster.state_dir / "default").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "listens on loopback only"),
+        ({"require_keys": True, "listen": "0.0.0.0:0"}, "need an API key"),
+        ({"require_keys": True, "listen": "0.0.0.0:0"}, "no TLS"),
+        ({"insecure": True, "listen": "0.0.0.0:0"}, "INSECURE: whoever reaches 0.0.0.0:0"),
+    ],
+)
+def test_up_says_who_may_call(options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._say_who_may_call(UpOptions("demo", **options))
+    assert words in capsys.readouterr().out
+
+
+def test_the_stores_url_is_not_handed_on_in_the_command_line() -> None:
+    words = ["up", "--redis", "redis://:hunter2@store", "--model", "demo", "--redis=redis://:hunter2@other"]
+    assert cli.without_redis(words) == ["up", "--model", "demo"]
+    assert "hunter2" not in repr(UpOptions("demo", redis="redis://:hunter2@store"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EmbeddedStore]:
+    with EmbeddedStore(tmp_path / "store") as store:
+        yield store
+
+
+def keys(store: EmbeddedStore, *arguments: str, code: int = 0) -> str:
+    """A `folkmoot keys` command on this store."""
+    done = CliRunner().invoke(main, ["keys", *arguments], env={"FOLKMOOT_REDIS": store.url})
+    assert done.exit_code == code, done.output
+    return done.output if code else done.stdout
+
+
+def test_keys_are_shown_once(store: EmbeddedStore) -> None:
+    """Made, listed, rotated, revoked: the secret stands in what made it, and nowhere else."""
+    limits = ("--requests-per-minute", "60", "--queue-share", "0.5")
+    key = keys(store, "create", "--tenant", "search", "--role", "generate", *limits, "--expires-in", "7d").strip()
+    assert KEY.fullmatch(key)
+    listed = keys(store, "list", "--json")
+    (facts,) = json.loads(listed)
+    assert facts["tenant"] == "search" and facts["limits"] == {"requests_per_minute": 60, "queue_share": 0.5}
+    assert 6.9 < (facts["expires_s"] - facts["created_s"]) / 86400 < 7.1
+    secret = key.rpartition("_")[2]
+    assert secret not in listed and secret not in keys(store, "list")
+    rotated = json.loads(keys(store, "rotate", facts["id"], "--overlap", "1h", "--json"))
+    assert rotated["id"] == facts["id"] and rotated["key"] != key and len(rotated["secrets_until_s"]) == 2
+    assert "revoked" in keys(store, "revoke", facts["id"])
+    assert json.loads(keys(store, "list", "--json")) == []
+    assert "no API key has the id" in keys(store, "revoke", facts["id"], code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tenant", "a/b", "--role", "generate"], "tenant must be"),
+        (["--tenant", "a", "--role", "root"], "root"),
+        (["--tenant", "a"], "--role"),
+        (["--tenant", "a", "--role", "admin", "--expires-in", "soon"], "not a duration"),
+        (["--tenant", "a", "--role", "admin", "--queue-share", "2"], "queue-share"),
+    ],
+)
+def test_keys_that_cannot_be(store: EmbeddedStore, arguments: list[str], words: str) -> None:
+    code = 1 if "a/b" in arguments else 2
+    assert words in keys(store, "create", *arguments, code=code)
+
+
+def test_keys_without_a_store_say_what_to_give(no_cluster: Cluster) -> None:
+    done = CliRunner().invoke(main, ["keys", "list", "--state-dir", str(no_cluster.state_dir)])
+    assert done.exit_code == 1
+    assert "FOLKMOOT_REDIS" in done.output
+
+
+def test_a_key_file_that_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("hunter2 and more")
+    where = ["--gateway", "127.0.0.1:1", "--api-key-file"]
+    done = CliRunner().invoke(main, ["status", *where, str(tmp_path / "key")])
+    assert done.exit_code == 1 and "holds no API key" in done.output and "hunter2" not in done.output
+    done = CliRunner().invoke(main, ["status", *where, str(tmp_path / "nothing")])
+    assert done.exit_code == 1 and "no file that can be read" in done.output

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import vllm_api, warm
+from folkmoot.experts import secret, vllm_api, warm
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.gateway.client import Cancelled, Client, ServerError
 from folkmoot.gateway.embedded import EmbeddedStore
@@ -51,6 +51,7 @@ class Bench:
             "device": "cpu", "max_model_len": 512, "max_num_seqs": 8, "seed": 0, "kv_cache_gib": 0.1,
             "transport": "auto", "combine": "rows", "background_workers": False, "stall_s": 1.0,
             "no_replica_timeout_s": PATIENCE_S, "grace_s": 1.0,
+            "secret_file": str(secret.keep(self.folder / "secret")),
         }  # fmt: skip
         self.engine = self.parent.spawn("folkmoot.cluster.engine_process:main", spec, self.folder / "engine.log")
         self.publish()
@@ -74,6 +75,7 @@ class Bench:
             "host": name, "incarnation": time.time_ns(), "checkpoint": str(self.model), "dtype": "float32",
             "experts": {str(n): list(range(self.num_experts)) for n in self.layers},
             "unix_path": str(self.folder / f"{name}.sock"),
+            "secret_file": str(secret.keep(self.folder / "secret")),
         }  # fmt: skip
         self.hosts[name] = child = self.parent.spawn("folkmoot.experts.host:main", spec, self.folder / f"{name}.log")
         ready = child.receive(60.0)

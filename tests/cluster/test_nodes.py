@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from folkmoot.experts import secret
 from tests.cluster.conftest import FLOAT32, eventually
 
 pytestmark = pytest.mark.slow
@@ -251,7 +252,8 @@ def kernel(x, slots, out=None):
     calls += 1
     time.sleep(60 if calls > 3 else 0)
     return out.copy_(x)
-server = ExpertServer(HostSpec("far", 1, "", {0: [0]}, sys.argv[1], tcp="10.77.0.2:0"), {0: kernel}, {0: 1})
+spec = HostSpec("far", 1, "", {0: [0]}, sys.argv[1], sys.argv[2], tcp="10.77.0.2:0")
+server = ExpertServer(spec, {0: kernel}, {0: 1})
 print(json.dumps(asdict(server.listen())), flush=True)
 server.serve()
 """
@@ -264,7 +266,7 @@ from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import HostAddress, NoReplicaError
 expert_map = em.add_host(em.empty([0], 1), HostAddress(**json.loads(sys.argv[1])), {0: [0]})
 Path(sys.argv[2]).write_text(expert_map.to_json())
-d = Dispatcher(DispatchConfig(engine="e", map_path=sys.argv[2], no_replica_timeout_s=0.05))
+d = Dispatcher(DispatchConfig("e", sys.argv[4], map_path=sys.argv[2], no_replica_timeout_s=0.05))
 x, weights, ids = torch.randn(4, 96), torch.ones(4, 1), torch.zeros(4, 1).int()
 for _ in range(3):
     d.forward(0, x, weights, ids)
@@ -285,10 +287,11 @@ def test_the_only_replica_behind_a_dead_link_is_given_up_before_any_deadline(
     """Neither the stall deadline (it is the last replica: 10 s) nor end-of-file says so: the kernel's clocks do, also
     where the request was acknowledged before, so that nothing of ours is unacknowledged."""
     one, two = nodes
-    with two.start(sys.executable, "-c", HOST, str(two.temp / "far.sock")) as host:
+    shared = str(secret.keep(tmp_path / "secret"))
+    with two.start(sys.executable, "-c", HOST, str(two.temp / "far.sock"), shared) as host:
         assert host.stdout is not None
         address = host.stdout.readline()
-        arguments = [address, str(tmp_path / "map.json"), moment]
+        arguments = [address, str(tmp_path / "map.json"), moment, shared]
         with one.start(sys.executable, "-c", ENGINE, *arguments, stdin=subprocess.PIPE) as engine:
             assert engine.stdout is not None and engine.stdin is not None
             assert engine.stdout.readline() == "ready\n"

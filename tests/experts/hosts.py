@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import warm, wire
+from folkmoot.experts import secret, warm, wire
 from folkmoot.experts.connections import TcpConnection
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
 from folkmoot.experts.host import ExpertServer, HostSpec
@@ -107,6 +107,7 @@ class Hosts:
             "checkpoint": "",
             "experts": {str(n): list(es) for n, es in experts.items()},
             "unix_path": str(self.directory / f"{name}.sock"),
+            "secret_file": self.secret_file,
             "tcp": "127.0.0.1:0",
             "stall_s": stall_s,
             "half_replies": half_replies,
@@ -122,6 +123,11 @@ class Hosts:
     def all_layers(self, experts: Sequence[int]) -> dict[int, list[int]]:
         """The same experts in every layer."""
         return {n: list(experts) for n in self.layers}
+
+    @property
+    def secret_file(self) -> str:
+        """What these hosts and their engines share."""
+        return str(secret.keep(self.directory / "secret"))
 
     def write_map(self) -> str:
         """The map in a file."""

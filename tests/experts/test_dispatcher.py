@@ -26,7 +26,7 @@ def batch(tokens: int, k: int, num_experts: int = 8, dtype: torch.dtype = torch.
 
 
 def dispatcher(hosts: Hosts, **settings: object) -> Dispatcher:
-    return Dispatcher(DispatchConfig(engine="test", map_path=hosts.write_map(), **settings))  # type: ignore[arg-type]
+    return Dispatcher(DispatchConfig("test", hosts.secret_file, map_path=hosts.write_map(), **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -179,7 +179,7 @@ def test_unknown_setting_stops_the_start() -> None:
     with pytest.raises(DispatchError, match="unknown keys \\['spped'\\]"):
         DispatchConfig.from_json('{"engine": "e", "map_path": "m", "spped": 1}')
     with pytest.raises(DispatchError, match="exactly one of feed and map_path"):
-        DispatchConfig.from_json('{"engine": "e"}')
+        DispatchConfig.from_json('{"engine": "e", "secret_file": "s"}')
 
 
 def test_a_host_idles_without_work(hosts: Hosts) -> None:

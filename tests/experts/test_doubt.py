@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoints import tiny
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import warm
+from folkmoot.experts import secret, warm
 from folkmoot.experts.dispatch_config import DispatchConfig
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.doubt import liars
@@ -193,7 +193,7 @@ def test_corrupted_weights(tmp_path: Path, short_dir: Path) -> None:
             children.append(child)
             expert_map = em.add_host(expert_map, address, {1: range(8)})
         (short_dir / "map.json").write_text(expert_map.to_json())
-        config = DispatchConfig(engine="test", map_path=str(short_dir / "map.json"))
+        config = DispatchConfig("test", str(short_dir / "secret"), map_path=str(short_dir / "map.json"))
         both, x = Dispatcher(config), torch.randn((24, 128))
         # The expert with the most rows is placed first, and goes to the first host.
         w, ids = torch.rand((24, 2)), torch.tensor([[3, e % 3] for e in range(24)], dtype=torch.int32)
@@ -217,6 +217,7 @@ def start_real(parent: warm.WarmParent, folder: Path, host: str, checkpoint: Pat
         "checkpoint": str(checkpoint),
         "experts": {"1": list(range(8))},
         "unix_path": str(folder / f"{host}.sock"),
+        "secret_file": str(secret.keep(folder / "secret")),
         "dtype": "float32",
     }
     child = parent.spawn("folkmoot.experts.host:main", spec, folder / f"{host}.log")

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folkmoot.experts import expert_map as em
-from folkmoot.experts import greeter, native, warm, wire
+from folkmoot.experts import greeter, handshake, native, secret, warm, wire
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.node import node_id
@@ -80,6 +80,17 @@ def hello_to(hosts: Hosts, transport: str, /, **changes: object) -> dict[str, ob
     return {**asdict(good), **changes}
 
 
+def introduce(hosts: Hosts, sock: socket.socket, hello: dict[str, object], fd: int | None = None) -> dict[str, object]:
+    """Shake hands as one who knows the secret; what the host then says to the hello."""
+    shared, nonce = secret.read(hosts.secret_file), "e" * handshake.NONCE_CHARS
+    wire.send_line(sock, {**hello, "nonce": nonce}, fd)
+    challenge, _ = wire.receive_line(sock, 10)
+    nonces = nonce, str(challenge["nonce"])
+    assert challenge["proof"] == handshake.proof(shared, "host", hello, nonces)
+    wire.send_line(sock, {"proof": handshake.proof(shared, "engine", hello, nonces)})
+    return wire.receive_line(sock, 10)[0]
+
+
 def segment(size: int = SIZES.segment, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW) -> int:
     fd = os.memfd_create("evil", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
@@ -109,6 +120,8 @@ def send(sock: socket.socket, *parts: bytes) -> None:
 
 texts = st.binary(max_size=300) | st.binary(max_size=300).map(lambda b: b + b"\n") | st.just(b"[" * 4000 + b"\n")
 numbers = st.integers() | st.floats() | st.text(max_size=8) | st.none() | st.lists(st.integers(), max_size=2)
+HARMLESS = {"engine", "engine_incarnation", "top_k", "hidden", "max_rows"}
+"""what a host may take from an engine in many ways"""
 hellos = st.dictionaries(st.sampled_from([*Hello.__slots__, "more"]), numbers, min_size=1, max_size=3)
 
 
@@ -124,9 +137,11 @@ def test_a_host_is_spoken_to_by_strangers(target: Hosts, healthy: Dispatcher, tr
 @fuzz
 @given(st.sampled_from(["tcp", "shm"]), hellos)
 def test_a_hello_with_wrong_fields(target: Hosts, healthy: Dispatcher, transport: str, changes: dict) -> None:
+    """By one who knows the secret: it is a way to be trusted, and none to be believed."""
     hello = hello_to(target, transport, **changes)
     with connect(target, transport) as sock:
-        send(sock, json.dumps(hello).encode() + b"\n")
+        answer = introduce(target, sock, json.loads(json.dumps(hello)))
+        assert "error" in answer or (transport == "tcp" and set(changes) <= HARMLESS)
         assert is_cut_off(sock, at_end=True)
     is_served(healthy)
 
@@ -160,8 +175,7 @@ def test_requests_over_tcp(target: Hosts, healthy: Dispatcher, changes: dict, pa
     """Right, wrong, too short, too long: answered, refused with a reason, or cut off."""
     header = request(target, **changes)
     with connect(target, "tcp") as sock:
-        wire.send_line(sock, hello_to(target, "tcp"))
-        assert wire.receive_line(sock, 10)[0] == {"ok": True}
+        assert introduce(target, sock, hello_to(target, "tcp")) == {"ok": True}
         if whole:
             payload = payload.ljust(min(header.payload_bytes, 1 << 20), b"\0")[: header.payload_bytes]
         send(sock, bytes(header), payload)
@@ -177,9 +191,8 @@ def test_a_segment_that_is_scribbled_over(
     """A request is published, and while the host reads it, header, slots, flags and rows change under its hands."""
     fd = segment()
     with connect(target, "shm") as sock, mmap.mmap(fd, SIZES.segment) as memory:
-        wire.send_line(sock, hello_to(target, "shm"), fd)
+        assert introduce(target, sock, hello_to(target, "shm"), fd) == {"ok": True}
         os.close(fd)
-        assert wire.receive_line(sock, 10)[0] == {"ok": True}
         rng = np.random.default_rng(seed)
         for seq in range(1, 4):
             memory[wire.OFF_REQUEST_HEADER : wire.OFF_REQUEST_HEADER + 64] = bytes(
@@ -208,8 +221,7 @@ def test_a_segment_that_is_scribbled_over(
 def test_a_segment_that_is_none(target: Hosts, healthy: Dispatcher, kind: str, make: Callable[[], int | None]) -> None:
     fd = make()
     with connect(target, "shm") as sock:
-        wire.send_line(sock, hello_to(target, "shm"), fd)
-        assert "error" in wire.receive_line(sock, 10)[0], kind
+        assert "error" in introduce(target, sock, hello_to(target, "shm"), fd), kind
         assert is_cut_off(sock)
     if fd is not None:
         os.close(fd)
@@ -234,9 +246,8 @@ def test_descriptors_do_not_pile_up_in_a_host(target: Hosts, healthy: Dispatcher
 def test_a_flood_of_doorbells(target: Hosts, healthy: Dispatcher) -> None:
     fd = segment()
     with connect(target, "shm") as sock:
-        wire.send_line(sock, hello_to(target, "shm"), fd)
+        assert introduce(target, sock, hello_to(target, "shm"), fd) == {"ok": True}
         os.close(fd)
-        assert wire.receive_line(sock, 10)[0] == {"ok": True}
         for _ in range(200):
             send(sock, b"!" * 4096)
         assert is_cut_off(sock)
@@ -303,8 +314,11 @@ def eventually(check: Callable[[], bool], what: str) -> None:
 class EvilHost:
     """Listens like a host, greets with `welcome` (None: as it should be), and answers each request with `answer`."""
 
-    def __init__(self, folder: Path, answer: bytes | dict, welcome: bytes | None = None, shm: bool = False) -> None:
+    def __init__(
+        self, folder: Path, answer: bytes | dict, welcome: bytes | None = None, shm: bool = False, knows: bool = True
+    ) -> None:
         self._answer, self._welcome, self._shm = answer, welcome, shm
+        self._secret = secret.read(folder / "secret") if knows else b"s" * 64
         if shm:
             self._listener = socket.socket(socket.AF_UNIX)
             path = str(folder / f"evil-{time.monotonic_ns()}.sock")
@@ -314,7 +328,7 @@ class EvilHost:
         else:
             self._listener = socket.create_server(("127.0.0.1", 0))
             self.address = HostAddress("evil", 5, "far", None, f"127.0.0.1:{self._listener.getsockname()[1]}")
-        self.was_asked = False
+        self.was_asked = self.was_met = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -323,11 +337,13 @@ class EvilHost:
             sock, _ = self._listener.accept()
             sock.settimeout(10)
             with sock:
-                hello, fd = wire.receive_line(sock, 10)
                 if self._welcome is not None:
+                    wire.receive_line(sock, 10)
                     self.was_asked = True
                     sock.sendall(self._welcome)
                 else:
+                    self.was_met = True
+                    hello, fd = handshake.as_host(sock, self._secret, 10)
                     wire.send_line(sock, {"ok": True})
                     (self._serve_shm if self._shm else self._serve_tcp)(sock, hello, fd)
                 while sock.recv(4096):

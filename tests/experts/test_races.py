@@ -166,7 +166,7 @@ def test_after_the_bound_the_pass_is_given_up_and_the_next_one_waits_again(hosts
     path = hosts.directory / "feed.sock"
     server = listen(path)
     victim = hosts.start("a", hosts.all_layers(range(8)))
-    d = Dispatcher(DispatchConfig(engine="test", feed=str(path), no_replica_timeout_s=0.4))
+    d = Dispatcher(DispatchConfig("test", hosts.secret_file, feed=str(path), no_replica_timeout_s=0.4))
     connection, _ = server.accept()
     connection.settimeout(10)
     lines = connection.makefile("rb")

@@ -150,8 +150,7 @@ def answers(pool: Pool, only: str | None = None) -> torch.Tensor:
     if only is not None:
         for host in set(pool.expert_map.hosts) - {only}:
             pool.expert_map = em.remove_host(pool.expert_map, host)
-    path = pool.dispatch()["map_path"]
-    dispatcher = Dispatcher(DispatchConfig(engine="test", map_path=str(path)))
+    dispatcher = Dispatcher(DispatchConfig(**pool.dispatch()))  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(0)
     x = torch.randn((64, HIDDEN), generator=g).to(torch.bfloat16)
     ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(64)]).int()

@@ -2,6 +2,7 @@
 
 Engines here are the worst kind: they keep every lease they ever had, write with any of them at any time, say things
 twice, and vanish. Whatever they do, a journal grows only by the holder of the newest epoch, at its next offset.
+How much one tenant can be ahead of another, and what is left of tenants that are gone: test_shares.py.
 """
 
 import asyncio
@@ -28,21 +29,23 @@ from folkmoot.gateway.errors import RequestIdTaken
 from folkmoot.gateway.journal import Stream
 from folkmoot.gateway.keys import Keys
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import Append, Held, Lease, QueueSettings, RequestQueue, Submission
+from folkmoot.gateway.queue import Append, Held, Lease, QueueSettings, RequestQueue, Room, Submission
 from folkmoot.gateway.store import Store
 from tests.gateway.conftest import token_request
 from tests.gateway.echo import MODEL
 
 T = TypeVar("T")
 SETTINGS = QueueSettings(lease_s=3600.0, max_attempts=3)
+TENANTS = st.sampled_from(["", "a:batch"])
 ENGINES = st.sampled_from(["engine-1", "engine-2"])
 
 
-@dataclass
+@dataclass(eq=False)
 class Truth:
     """What one request must look like."""
 
     lane: int
+    tenant: str
     state: str = "queued"
     epoch: int = 0
     attempts: int = 0
@@ -79,30 +82,33 @@ class QueueMachine(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
 
-    @rule(number=st.integers(0, 3), batch=st.booleans())
-    def submit(self, number: int, batch: bool) -> None:
+    @rule(number=st.integers(0, 3), batch=st.booleans(), tenant=TENANTS)
+    def submit(self, number: int, batch: bool, tenant: str) -> None:
         request_id = f"r{number}"
         lane = pb.BATCH if batch else pb.INTERACTIVE
-        request = token_request(number, request_id=request_id, lane=lane)
+        request = token_request(number, request_id=request_id, lane=lane, tenant=tenant)
         submission = Submission(request_id, MODEL.name, request, 8, remaining_s=3600.0, grace_s=0.0)
         known = self.truth.get(request_id)
-        if known is not None and known.lane != lane:
+        if known is not None and (known.lane, known.tenant) != (lane, tenant):
             with pytest.raises(RequestIdTaken):
                 self.run(self.queue.submit(submission))
         else:
             assert self.run(self.queue.submit(submission)) == (known is None)
-            self.truth.setdefault(request_id, Truth(lane))
+            self.truth.setdefault(request_id, Truth(lane, tenant))
 
-    @rule(engine=ENGINES, room=st.integers(1, 3))
-    def lease(self, engine: str, room: int) -> None:
+    @rule(engine=ENGINES, room=st.integers(1, 3), batch_room=st.sampled_from([0, 1, 9]))
+    def lease(self, engine: str, room: int, batch_room: int) -> None:
         free = [r for r in self.truth.values() if r.state == "queued" or (r.state == "running" and r.expired)]
         engine, last = self.engines[engine], SETTINGS.max_attempts
         buried = [r for r in free if r.attempts == last]
         trials = [r for r in free if r.attempts == last - 1]  # an engine runs one of these at a time
         is_trying = (tried := self.trials.get(engine)) is not None and self.holder_of(tried) == engine
-        plain = len(free) - len(buried) - len(trials)
-        got = self.run(self.queue.lease(MODEL.name, engine, room, claim=True))
-        assert min(room, plain + (bool(trials) and not is_trying)) <= len(got) <= room
+        plain = [r for r in free if r not in buried and r not in trials]
+        batch = sum(r.lane == pb.BATCH for r in plain)
+        trial = bool(trials) and not is_trying and batch_room == 9
+        got = self.run(self.queue.lease(MODEL.name, engine, room, batch=Room(batch_room)))
+        assert min(room, len(plain) - batch + min(batch, batch_room) + trial) <= len(got) <= room
+        assert sum(lease.is_batch for lease in got) <= batch_room
         assert sum(self.truth[lease.request_id] in trials for lease in got) <= 1
         for lease in got:
             known = self.truth[lease.request_id]
@@ -174,10 +180,9 @@ class QueueMachine(RuleBasedStateMachine):
         running = sorted(i for i, r in self.truth.items() if r.state == "running")
         request_id = data.draw(st.sampled_from(running))
         lane = "batch" if self.truth[request_id].lane == pb.BATCH else "interactive"
-        key = self.keys.request(request_id)
-        entry, engine = self.run(self.queue.store.command("HMGET", key, "entry", "engine"))
-        queue = self.keys.queue(MODEL.name, lane)  # type: ignore[arg-type]
-        self.run(self.queue.store.command("XCLAIM", queue, "engines", engine, 0, entry, "IDLE", 7_200_000, "JUSTID"))
+        entry = self.run(self.queue.store.command("HGET", self.keys.request(request_id), "entry"))
+        leases = self.keys.leases(MODEL.name, lane)  # type: ignore[arg-type]
+        self.run(self.queue.store.command("ZADD", leases, "XX", 1, entry))
         self.truth[request_id].expired = True
 
     @rule(engine=ENGINES, failed=st.booleans())
@@ -185,21 +190,21 @@ class QueueMachine(RuleBasedStateMachine):
         """Who saw it die gives its leases back: all of its current ones, and none that others hold now."""
         name = self.engines[engine]
         mine = [known for request_id, known in self.truth.items() if self.holder_of(request_id) == name]
-        assert self.run(self.queue.abandon(MODEL.name, name, "it died" if failed else "")) == len(mine)
+        assert self.run(self.queue.abandon(name, "it died" if failed else "")) == len(mine)
         for known in mine:
             if failed and known.attempts == SETTINGS.max_attempts:
                 known.state = "done"
             else:
                 known.state, known.attempts = "queued", known.attempts - (not failed)
-        assert self.run(self.queue.lease(MODEL.name, name, 9, claim=True)) == [], "a dead engine gets nothing"
+        assert self.run(self.queue.lease(MODEL.name, name, 9)) == [], "a dead engine gets nothing"
         self.engines[engine] = name + "'"  # its successor has another name
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        engine, lease = data.draw(st.sampled_from(self.leases))
+        _, lease = data.draw(st.sampled_from(self.leases))
         known = self.truth[lease.request_id]
-        (answer,) = self.run(self.queue.renew(engine, [lease]))
+        (answer,) = self.run(self.queue.renew([lease]))
         if known.epoch == lease.epoch and known.state == "running":
             assert answer == Held.HELD
             known.expired = False
@@ -238,6 +243,15 @@ class QueueMachine(RuleBasedStateMachine):
         states = [known.state for known in self.truth.values()]
         assert (load.waiting_requests, load.running_requests) == (states.count("queued"), states.count("running"))
         assert (load.waiting_tokens, load.running_tokens) == (8 * states.count("queued"), 8 * states.count("running"))
+        for lane, name in ((pb.INTERACTIVE, "interactive"), (pb.BATCH, "batch")):
+            owed: dict[str, list[str]] = {}
+            for one in self.truth.values():
+                if one.lane == lane and one.state != "done":
+                    owed.setdefault(one.tenant, []).append(one.state)
+            found = self.run(self.queue.tenant_loads(MODEL.name, name))  # type: ignore[arg-type]
+            assert {tenant: (load.waiting_requests, load.running_requests) for tenant, load in found.items()} == {
+                tenant: (states.count("queued"), states.count("running")) for tenant, states in owed.items()
+            }
 
 
 def test_queue_guarantees(store_server: EmbeddedStore, tmp_path: Path) -> None:

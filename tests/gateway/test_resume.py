@@ -132,9 +132,9 @@ async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
             if len(chunks) == 15:
                 vanish(first)
                 second = await engines.enter_async_context(EchoEngine(patient, "engine-2", step_s=0.01))
-                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 1
+                assert await queue.abandon("engine-1", "the engine died") == 1
             elif len(chunks) == 40:
-                assert await queue.abandon(MODEL.name, "engine-1", "the engine died") == 0
+                assert await queue.abandon("engine-1", "the engine died") == 0
         assert second is not None
         assert tokens_of(chunks) == answer([9], 60)
         assert [(lease.epoch, lease.attempt) for lease in second.leases] == [(2, 2)]
@@ -149,12 +149,12 @@ async def test_what_kills_its_engines_takes_nobody_along(queue: RequestQueue) ->
     rounds: list[list[str]] = []
     while len(rounds) < 20:
         engine = f"engine-{len(rounds)}"
-        leases = await queue.lease(MODEL.name, engine, 10, claim=True)
+        leases = await queue.lease(MODEL.name, engine, 10)
         if not leases:
             break
         rounds.append([lease.request_id for lease in leases])
         if "r3" in rounds[-1]:
-            await queue.abandon(MODEL.name, engine, "segmentation fault")
+            await queue.abandon(engine, "segmentation fault")
         else:
             done = pb.GenerateResponse(token_ids=[1], finish=pb.Finish(reason=pb.STOP))
             await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])

@@ -93,11 +93,11 @@ async def test_nobody_takes_over_because_the_store_was_away(front: Front, stack:
     with pytest.raises(StoreAway):
         await other.lease(MODEL.name, "engine-2", 1)
     front.server.start()
-    assert await other.lease(MODEL.name, "engine-2", 1, claim=True) == []
-    assert await front.queue.renew("engine-1", [lease]) == [Held.HELD]
+    assert await other.lease(MODEL.name, "engine-2", 1) == []
+    assert await front.queue.renew([lease]) == [Held.HELD]
 
     async def is_taken_over() -> bool:
-        return [one.attempt for one in await other.lease(MODEL.name, "engine-2", 1, claim=True)] == [2]
+        return [one.attempt for one in await other.lease(MODEL.name, "engine-2", 1)] == [2]
 
     await until(is_taken_over)
 

@@ -8,6 +8,7 @@ parent that forks either. Each name is imported when it is first used, because i
     runtime.py     engine configuration, one-rank world, imports before a fork
     hosted.py      host side: vLLM's own loader and kernels over a subset of experts
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
+    lanes.py       a scheduler in which batch requests step back for interactive ones
     private.py     the list of private names relied on, and the check that names what a new version broke
 """
 
@@ -19,6 +20,7 @@ from folkmoot.experts.vllm_api.checkpoint import ModelShape, describe
 if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.engine import Dispatch, engine_arguments, install
     from folkmoot.experts.vllm_api.hosted import HostedExperts, LayerKernel, load_experts
+    from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
     from folkmoot.experts.vllm_api.runtime import preimport
 
@@ -29,6 +31,8 @@ _HOME = {
     "HostedExperts": "hosted",
     "LayerKernel": "hosted",
     "load_experts": "hosted",
+    "Lanes": "lanes",
+    "use_two_lanes": "lanes",
     "VLLM_VERSION": "private",
     "broken_names": "private",
     "preimport": "runtime",
@@ -38,6 +42,7 @@ __all__ = [
     "VLLM_VERSION",
     "Dispatch",
     "HostedExperts",
+    "Lanes",
     "LayerKernel",
     "ModelShape",
     "broken_names",
@@ -46,6 +51,7 @@ __all__ = [
     "install",
     "load_experts",
     "preimport",
+    "use_two_lanes",
 ]
 
 

@@ -14,6 +14,7 @@ VLLM_VERSION = "0.32.0"
 _MOE = "vllm.model_executor.layers.fused_moe"
 _LOADER = "vllm.model_executor.model_loader"
 _STATE = "vllm.distributed.parallel_state"
+_SCHED = "vllm.v1.core.sched"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,31 @@ PRIVATE_NAMES = (
     PrivateName(f"{_MOE}.runner.moe_runner.MoERunner", members=("_select_forward", "_shared_experts")),
     PrivateName(f"{_MOE}.runner.moe_runner._moe_forward"),  # behind torch.ops.vllm.moe_forward
     PrivateName(f"{_MOE}.runner.moe_runner._moe_forward_shared"),
+    PrivateName(
+        f"{_SCHED}.scheduler.Scheduler",
+        members=(
+            *("schedule", "running", "waiting", "current_step", "vllm_config", "scheduler_config", "kv_cache_config"),
+            *(
+                "kv_cache_manager",
+                "block_size",
+                "max_num_scheduled_tokens",
+                "max_num_active_reqs",
+                "prev_step_scheduled_req_ids",
+            ),
+        ),
+    ),
+    PrivateName(f"{_SCHED}.scheduler.Scheduler._preempt_request", ("request", "timestamp")),
+    PrivateName(f"{_SCHED}.scheduler.Scheduler._request_blocks_can_be_freed", ("request",)),
+    PrivateName(f"{_SCHED}.async_scheduler.AsyncScheduler"),
+    PrivateName(f"{_SCHED}.request_queue.PriorityRequestQueue.peek_request"),
+    PrivateName(
+        "vllm.v1.request.Request",
+        members=(
+            *("request_id", "priority", "arrival_time", "num_tokens", "num_tokens_with_spec", "num_computed_tokens"),
+            *("num_output_placeholders", "next_decode_eligible_step"),
+        ),
+    ),
+    PrivateName("vllm.v1.core.block_pool.BlockPool.get_num_free_blocks"),
     PrivateName("torch.cpu._is_amx_tile_supported"),
     PrivateName("torch.cpu._init_amx"),
 )

@@ -277,7 +277,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "max_logprobs", "num_engines", "load", "num_ready_engines")
+    __slots__ = ("name", "max_model_len", "vocab_size", "max_logprobs", "num_engines", "load", "num_ready_engines", "lanes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +285,7 @@ class Model(_message.Message):
     NUM_ENGINES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     NUM_READY_ENGINES_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
@@ -292,7 +293,26 @@ class Model(_message.Message):
     num_engines: int
     load: QueueLoad
     num_ready_engines: int
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., num_engines: _Optional[int] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ..., num_ready_engines: _Optional[int] = ...) -> None: ...
+    lanes: _containers.RepeatedCompositeFieldContainer[LaneLoad]
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., num_engines: _Optional[int] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ..., num_ready_engines: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneLoad, _Mapping]]] = ...) -> None: ...
+
+class LaneLoad(_message.Message):
+    __slots__ = ("lane", "load", "tenants")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    lane: Lane
+    load: QueueLoad
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantLoad]
+    def __init__(self, lane: _Optional[_Union[Lane, str]] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ...) -> None: ...
+
+class TenantLoad(_message.Message):
+    __slots__ = ("tenant", "load")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    load: QueueLoad
+    def __init__(self, tenant: _Optional[str] = ..., load: _Optional[_Union[QueueLoad, _Mapping]] = ...) -> None: ...
 
 class QueueLoad(_message.Message):
     __slots__ = ("waiting_requests", "waiting_tokens", "running_requests", "running_tokens")
