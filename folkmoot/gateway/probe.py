@@ -19,7 +19,8 @@ def ask(address: str, service: str, tls_ca: Path | None = None, timeout_s: float
     with _channel(address, tls_ca) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
-            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(request, timeout=timeout_s)  # type: ignore[attr-defined]
         except grpc.RpcError as e:
             return f"{e.code().name}: {e.details()}"
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
