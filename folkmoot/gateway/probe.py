@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+ADDRESS = "127.0.0.1:50051"
 TIMEOUT_S = 5.0
 
 
@@ -35,7 +36,7 @@ def _channel(address: str, tls_ca: Path | None) -> grpc.Channel:
 def main() -> None:
     """Command line."""
     p = argparse.ArgumentParser(prog="python -m folkmoot.gateway.probe", description=__doc__)
-    p.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: %(default)s")
+    p.add_argument("--address", default=ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
     p.add_argument("--service", default="", help='a name of the health service: "ready", or empty (the default)')
     p.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS; PEM file of who signed the certificate")
     args = p.parse_args()

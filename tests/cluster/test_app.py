@@ -14,7 +14,7 @@ from tests.cluster.test_operation_runner import spec_of
     ("arguments", "expected"),
     [
         ({}, "model"),
-        ({"model": "m", "host": 2}, "unknown arguments: host; known ones: background_workers, combine, "),
+        ({"model": "m", "host": 2}, "unknown arguments: host; known ones: background_workers, "),
         ({"model": "m", "listen": "0.0.0.0:1"}, "unknown arguments: listen"),
         ({"model": "m", "address": "auto"}, "unknown arguments: address"),
         ({"model": "m", "hosts": "many"}, "hosts"),

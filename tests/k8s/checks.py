@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from ray.scripts.scripts import start as ray_start
 
 from folkmoot.cluster.engine import Engine
+from folkmoot.gateway.probe import ADDRESS
 from folkmoot.gateway.server import CUT_S, READY, SERVICE
 from folkmoot.gateway.settings import GatewaySettings
 from tests.k8s.checks_serve import serve_problems
@@ -86,6 +87,25 @@ def words(container: Object) -> list[str]:
     return [*container.get("command", []), *container.get("args", [])]
 
 
+def after(line: list[str], option: str) -> str | None:
+    """What follows an option."""
+    return line[line.index(option) + 1] if option in line else None
+
+
+def file_problems(objects: list[Object]) -> list[str]:
+    """Files that commands name and no volume has."""
+    found = []
+    for name, template in pods(objects):
+        volumes = {v["name"]: v for v in template["spec"].get("volumes", [])}
+        for container in template["spec"]["containers"]:
+            mounts = {m["mountPath"]: volumes.get(m["name"], {}) for m in container.get("volumeMounts", [])}
+            items = {f"{path}/{i['path']}" for path, v in mounts.items() for i in v.get("secret", {}).get("items", [])}
+            lines = [words(container), *(probe.get("exec", {}).get("command", []) for probe in probes(container))]
+            named = {word for line in lines for word in line if word.startswith("/etc/")}
+            found += [f"{name}: nobody brings {file}" for file in sorted(named - items)]
+    return found
+
+
 def commands(objects: list[Object]) -> Iterator[tuple[str, list[str]]]:
     """Every command line that a manifest names: of containers, probes and hooks."""
     for name, container in containers(objects):
@@ -129,9 +149,9 @@ def expected_ports(container: Object) -> dict[str, int]:
     """The ports on which the code in this container listens, by its own settings."""
     line = words(container)
     if "folkmoot.gateway" in line:
-        return {"grpc": int(line[line.index("--listen") + 1].rpartition(":")[2])}
+        return {"grpc": int((after(line, "--listen") or "").rpartition(":")[2])}
     if line[:1] == ["valkey-server"]:
-        return {"redis": int(line[line.index("--port") + 1])}
+        return {"redis": int(after(line, "--port") or 0)}
     if container["name"] == "ray-head":
         return RAY_PORTS
     return {"metrics": RAY_PORTS["metrics"]} if container["name"] == "ray-worker" else {}
@@ -150,6 +170,11 @@ def port_problems(objects: list[Object]) -> list[str]:
                 port = probe.get(kind, {}).get("port")
                 known = {*named, *named.values(), *([RAY_PROBE_PORT] if is_ray else [])}
                 if port is not None and port not in known:
+                    found.append(f"{name}: a probe asks port {port}")
+            line = probe.get("exec", {}).get("command", [])
+            if "folkmoot.gateway.probe" in line:
+                port = int((after(line, "--address") or ADDRESS).rpartition(":")[2])
+                if port not in named.values():
                     found.append(f"{name}: a probe asks port {port}")
     for service in of_kind(objects, "Service"):
         behind = _ports_of(_selected(objects, service["spec"]["selector"]))
@@ -176,12 +201,16 @@ def _ports_of(templates: list[Object]) -> dict[str, int]:
 
 
 def probe_problems(objects: list[Object]) -> list[str]:
-    """Probes of a health service's name that it does not have, and long-lived containers without probes."""
+    """Probes of a health service's name that it does not have, or not as the gateway speaks; and no probes."""
     found = []
     for name, container in containers(objects):
         for probe in probes(container):
-            if "grpc" in probe and probe["grpc"]["service"] not in ("", READY, SERVICE):
-                found.append(f"{name}: the health service knows no {probe['grpc']['service']!r}")
+            line = probe.get("exec", {}).get("command", [])
+            service = probe["grpc"].get("service", "") if "grpc" in probe else after(line, "--service") or ""
+            if service not in ("", READY, SERVICE):
+                found.append(f"{name}: the health service knows no {service!r}")
+            if "folkmoot.gateway" in words(container) and ("--tls-cert" in words(container)) != ("--tls-ca" in line):
+                found.append(f"{name}: gateway and probe do not both speak TLS")
         if name.startswith("folkmoot-demo-model"):
             continue
         if missing := {"readinessProbe", "livenessProbe"} - set(container):
@@ -265,14 +294,14 @@ def _hook_s(container: Object) -> float:
     if "sleep" in hook:
         return float(hook["sleep"]["seconds"])
     line = hook.get("exec", {}).get("command", [])
-    return float(line[line.index("--within") + 1]) if "--within" in line else 0.0
+    return float(after(line, "--within") or 0.0)
 
 
 def _drain_s(container: Object) -> float:
     """How long a gateway takes after SIGTERM; for Ray a moment."""
     line = words(container)
     if "folkmoot.gateway" in line:
-        return float(line[line.index("--shutdown-s") + 1]) + CUT_S
+        return float(after(line, "--shutdown-s") or 0.0) + CUT_S
     return 5.0 if container["name"].startswith("ray-") else 0.0
 
 
@@ -354,6 +383,14 @@ def selects(selector: Object, have: dict[str, str]) -> bool:
 
 
 CHECKS = (
-    *(command_problems, image_problems, port_problems, probe_problems, variable_problems, secret_problems),
+    *(
+        command_problems,
+        file_problems,
+        image_problems,
+        port_problems,
+        probe_problems,
+        variable_problems,
+        secret_problems,
+    ),
     *(serve_problems, ending_problems, hardening_problems, reference_problems),
 )
