@@ -113,7 +113,11 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     (checks.port_problems, put(lambda o: one("PodMonitor")(o)["spec"]["podMetricsEndpoints"][0], "port", "m"), "no m"),
     (checks.probe_problems, put(gateway, "readinessProbe", {"grpc": {"port": 50051, "service": "redy"}}), "redy"),
     (checks.probe_problems, put(gateway, "livenessProbe", {"exec": {"command": ["p", "--service", "liv"]}}), "liv"),
-    (checks.probe_problems, lambda o: gateway(o)["args"].append("--tls-cert"), "do not both speak TLS"),
+    (
+        checks.probe_problems,
+        lambda o: gateway(o).update(args=["--tls-cert"], livenessProbe={"exec": {"command": ["p"]}}),
+        "do not both speak TLS",
+    ),
     (checks.file_problems, lambda o: gateway(o)["args"].append("/etc/tls.key"), "nobody brings /etc/tls.key"),
     (checks.probe_problems, drop(gateway, "livenessProbe"), "livenessProbe"),
     (checks.variable_problems, put(lambda o: gateway(o)["env"][0], "name", "FOLKMOOT_REDI"), "FOLKMOOT_REDI"),
