@@ -30,7 +30,7 @@ __all__ = ["mixtral"]  # a fixture
 
 pytestmark = pytest.mark.slow
 
-START_S = 200.0
+START_S = 270.0
 RAY = """
 import json, sys, ray
 from ray.cluster_utils import Cluster
