@@ -70,10 +70,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Held:
-    """What the gateway's process has at a moment."""
+    """What the gateway's process has at a moment. Its connections to the store are a pool that never shrinks."""
 
     tasks: int
     fds: int
+    store_connections: int
     threads: int
     mib: float
 
@@ -112,7 +113,16 @@ def _held() -> Held:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return Held(len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), mib)
+    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)]
+    unix = {f"socket:[{line.split()[6]}]" for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
+    to_store = sum(file in unix for file in files)
+    threads = len(os.listdir("/proc/self/task"))
+    return Held(len(asyncio.all_tasks()), len(files) - to_store, to_store, threads, mib)
+
+
+def _is_open(fd: str) -> bool:
+    """Whether it still is: the one that lists them is closed by now."""
+    return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
 @contextmanager
@@ -316,6 +326,8 @@ async def _run(
         "leaked_tasks": max(0, after.tasks - before.tasks),
         "leaked_fds": max(0, after.fds - before.fds),
         "leaked_keys": len(left),
+        "store_connections_before": before.store_connections,
+        "store_connections_after": after.store_connections,
         "bystander_served": seen.served,
         "bystander_failures": len(seen.not_served),
         "not_sent": seen.statuses["NOT_SENT"],
@@ -327,7 +339,7 @@ async def _run(
 
 def _settled(pipe: Connection) -> Held:
     """What the gateway holds once that does not change any more."""
-    last, same = Held(-1, -1, -1, 0.0), 0
+    last, same = Held(-1, -1, -1, -1, 0.0), 0
     while same < 4:
         time.sleep(0.5)
         pipe.send(None)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings, parse_weights
+from folkmoot.gateway.store import StoreUrlError
 from folkmoot.gateway.tls import TlsError
 
 HELP = {
@@ -78,6 +79,8 @@ async def _run(settings: GatewaySettings) -> None:
         await serve(settings, stop, lambda address: print(f"listening on {address}", flush=True))
     except TlsError as e:
         raise SystemExit(f"tls_cert, tls_key, tls_client_ca: {e}") from None
+    except StoreUrlError as e:
+        raise SystemExit(f"redis: {e}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

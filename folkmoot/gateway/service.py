@@ -209,7 +209,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         ready = list((await ready_engines(self._queue)).values())
         models = []
         for name, record in sorted((await self._queue.models()).items()):
-            lanes = await lane_loads(self._queue, name)
+            lanes = [_visible(lane) for lane in await lane_loads(self._queue, name)]
             models.append(
                 pb.Model(
                     name=name,
@@ -223,6 +223,16 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                 )
             )
         return models
+
+
+def _visible(lane: pb.LaneLoad) -> pb.LaneLoad:
+    """A lane's load without tenants that are not the caller's, unless it may see the whole cluster."""
+    who = caller()
+    if who.roles.isdisjoint(("status", "admin")):
+        own = [tenant for tenant in lane.tenants if tenant.tenant == who.tenant]
+        del lane.tenants[:]
+        lane.tenants.extend(own)
+    return lane
 
 
 def _named(request_id: str) -> str:

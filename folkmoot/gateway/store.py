@@ -10,6 +10,7 @@ from typing import Any
 
 import redis.asyncio as aioredis
 from redis import exceptions as rex
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -23,6 +24,7 @@ OnConnect = Callable[[], Awaitable[None]]
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 64  # commands at once, each on a connection of its own: a server takes 10,000 clients in all
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
 
 
@@ -64,13 +66,25 @@ def _from_reply(message: str) -> errors.StoreError:
     return errors.StoreRefused(f"the request store refused a command: {message}")
 
 
+class StoreUrlError(ValueError):
+    """This is no URL of a store. The message does not show it, since it may hold a password."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the request store's URL cannot be read: redis://, rediss:// or unix://, with special characters of a "
+            "password percent-encoded"
+        )
+
+
 class Store:
     """One store, by URL (redis://, rediss://, unix://; any Redis 7+ or Valkey). Belongs to one event loop."""
 
     def __init__(self, url: str, namespace: str = "folkmoot") -> None:
+        """Raises StoreUrlError."""
         self.keys = Keys(namespace)
         self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
+        self._room = asyncio.Semaphore(MAX_CONNECTIONS)
         self._reached_since_s: float | None = None
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in scripts.ALL.items()}
 
@@ -82,23 +96,25 @@ class Store:
     async def run(self, script: str, *args: bytes | str | int) -> Any:
         """Run one of scripts.ALL in one round trip. Raises StoreError."""
         rest = (1, self.keys.root, *args)
-        try:
-            with translated():
-                try:
-                    reply = await self._client.execute_command("EVALSHA", self._hashes[script], *rest)
-                except rex.NoScriptError:  # first use, or the store was restarted
-                    reply = await self._client.execute_command("EVAL", scripts.ALL[script], *rest)
-        except errors.StoreUnavailable as e:
-            await self._broke(e)
-            raise
-        self._reached_since_s = self._reached_since_s or time.monotonic()
-        return reply
+
+        async def evaluate() -> Any:
+            try:
+                return await self._client.execute_command("EVALSHA", self._hashes[script], *rest)
+            except rex.NoScriptError:  # first use, or the store was restarted
+                return await self._client.execute_command("EVAL", scripts.ALL[script], *rest)
+
+        return await self._ask(evaluate)
 
     async def command(self, *args: bytes | str | int) -> Any:
         """Run one plain command, with the reply as it comes (bytes, int, lists). Raises StoreError."""
+        return await self._ask(lambda: self._client.execute_command(*args))
+
+    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """When there is room: its reply, with errors translated and breaks noted."""
         try:
-            with translated():
-                reply = await self._client.execute_command(*args)
+            async with self._room:
+                with translated():
+                    reply = await ask()
         except errors.StoreUnavailable as e:
             await self._broke(e)
             raise
@@ -159,6 +175,10 @@ class Store:
 
 
 def _client(url: str, answer_timeout_s: float | None) -> "aioredis.Redis":
+    try:
+        parse_url(url)
+    except ValueError:
+        raise StoreUrlError from None  # the message of what was raised has parts of the URL
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     client = aioredis.Redis.from_url(
         url,

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolde
 from folkmoot.gateway.api_keys import KEY
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of
+from tests.gateway.certs import Authority
 
 COMMANDS = ["up", "down", "status", "chat", "generate", "bench", "demo", "scale", "drain", "replicate", "roll", "keys"]
 
@@ -288,3 +290,33 @@ def test_a_key_file_that_holds_none(tmp_path: Path) -> None:
     assert done.exit_code == 1 and "holds no API key" in done.output and "hunter2" not in done.output
     done = CliRunner().invoke(main, ["status", *where, str(tmp_path / "nothing")])
     assert done.exit_code == 1 and "no file that can be read" in done.output
+
+
+def test_commands_send_the_key_and_speak_tls(store: EmbeddedStore, tmp_path: Path) -> None:
+    """Against a real gateway: by environment or file, with what each may do; and who speaks plain text is told."""
+    ca = Authority(tmp_path)
+    pair = ca.issue("gateway")
+    command = [sys.executable, "-m", "folkmoot.gateway", "--listen", "127.0.0.1:0", "--require-keys"]
+    command += ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key)]
+    environment = {**os.environ, "FOLKMOOT_REDIS": store.url}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as gateway:
+        assert gateway.stdout is not None
+        where = ["--gateway", gateway.stdout.readline().split()[-1], "--tls-ca", str(ca.cert)]
+        key = keys(store, "create", "--tenant", "search", "--role", "status").strip()
+        (tmp_path / "key").write_text(key + "\n")
+
+        def run(*arguments: str, **environment: str) -> tuple[int, str]:
+            done = CliRunner().invoke(main, arguments, env=environment)
+            return done.exit_code, done.output
+
+        assert run("status", "--json", *where, FOLKMOOT_API_KEY=key)[0] == 0
+        assert run("status", "--json", *where, "--api-key-file", str(tmp_path / "key"))[0] == 0
+        for arguments, environment, words in (
+            (["status", *where], {}, "UNAUTHENTICATED"),
+            (["generate", "x", *where], {"FOLKMOOT_API_KEY": key}, "PERMISSION_DENIED"),
+            (["scale", "hosts", "2", *where], {"FOLKMOOT_API_KEY": key}, "role admin"),
+            (["status", *where[:2]], {"FOLKMOOT_API_KEY": key}, "speaks TLS"),
+        ):
+            code, output = run(*arguments, **environment)
+            assert code == 1 and words in output and key not in output, output
+        gateway.terminate()

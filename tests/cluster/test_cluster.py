@@ -1,8 +1,11 @@
 """A whole cluster on a tiny model: real Ray, vLLM, Valkey and gRPC. Two of its four hosts are killed on the way."""
 
+import contextlib
+import json
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +16,9 @@ import pytest
 
 from benchmarks.checkpoints import tiny
 from folkmoot.cluster.processes import is_alive
+from folkmoot.experts import secret
 from folkmoot.gateway.client import Cancelled, Client, DeadlineExceeded, InvalidRequest
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, temp_of
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, temp_of
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +55,25 @@ def test_text_of_the_pieces_is_the_text_of_the_tokens(client: Client, mixtral: P
     ids = [token for chunk in chunks for token in chunk.token_ids]
     expected = AutoTokenizer.from_pretrained(mixtral).decode(ids, skip_special_tokens=True)
     assert "".join(chunk.text for chunk in chunks) == expected
+
+
+def test_the_clusters_secret_is_nowhere_but_in_its_file(cluster: Cluster, client: Client) -> None:
+    """Not in a command line, an environment, a log (Ray's too) or the status document; and rows were exchanged."""
+    assert tokens(client)
+    state = json.loads((cluster.state_dir / cluster.name / "state.json").read_text())
+    run_dir = Path(state["run_dir"])
+    path = run_dir / "secret"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    shared = secret.read(path)
+    pids = processes_of(cluster.marker)
+    assert len(pids) > 10
+    places = [Path(f"/proc/{pid}/{name}") for pid in pids for name in ("cmdline", "environ")]
+    files = [f for root in (run_dir, cluster.state_dir) for f in root.rglob("*") if f.is_file() and f != path]
+    assert any(f.name.startswith("engine-") for f in files) and any("raylet" in f.name for f in files)
+    for place in (*places, *files):
+        with contextlib.suppress(OSError):  # a process that has ended
+            assert shared not in place.read_bytes(), place
+    assert shared.decode() not in json.dumps(cluster.status())
 
 
 def test_chat_goes_through_the_models_own_template(client: Client, mixtral: Path) -> None:

@@ -1,7 +1,7 @@
 """Who may call what: keys, roles, and tenants that cannot see each other. Real gateways, real stores."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -19,11 +19,11 @@ from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.errors import InvalidApiKey, StoreAway
 from folkmoot.gateway.pb import admin_pb2, admin_pb2_grpc, gateway_pb2_grpc
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.queue import RequestQueue, Submission
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.store import Store
 from tests.gateway.conftest import QUICK, start_gateway, token_request, until
-from tests.gateway.echo import EchoEngine, answer
+from tests.gateway.echo import MODEL, EchoEngine, answer
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -41,6 +41,13 @@ CALLS = {
     "/folkmoot.v1.NotThere/Anything": pb.ListModelsRequest(),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": reflection_pb2.ServerReflectionRequest(),
 }
+
+
+@pytest.fixture(scope="module")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """One kind of server is enough here: the scripts are tested on both in test_security_limits.py."""
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -249,12 +256,13 @@ async def test_keys_that_cannot_be(keys: KeyStore, tenant: str, roles: list[str]
     assert await keys.all() == []
 
 
-async def test_guessing_does_not_fill_a_gateway(keys: KeyStore) -> None:
+async def test_guessing_does_not_fill_a_gateway(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_keys, "MAX_CACHED", 50)
     ring = KeyRing(keys)
-    for i in range(api_keys.MAX_CACHED + 50):
+    for i in range(60):
         with pytest.raises(InvalidApiKey):
             await ring.check(f"fmk_{i:012x}_{'A' * 43}")
-    assert len(ring._seen) == api_keys.MAX_CACHED
+    assert len(ring._seen) == 50
 
 
 async def test_a_store_that_is_away_lets_nobody_in(mortal_server: EmbeddedStore, namespace: str) -> None:
@@ -338,6 +346,24 @@ async def test_the_tenant_is_the_keys(alice_and_bob: list[AsyncClient], engine: 
     await alice.generate_text(token_ids=[1], max_tokens=2, tenant="alice")
     await alice.generate_text(token_ids=[1], max_tokens=2)
     assert [lease.request.tenant for lease in engine.leases] == ["alice", "alice"]
+
+
+async def test_tenants_see_no_other_tenants_load(
+    guarded: str, keys: KeyStore, queue: RequestQueue, stack: AsyncExitStack
+) -> None:
+    await queue.register("engine-1", MODEL, 60.0)
+    for tenant in ("alice", "bob"):
+        request = token_request(1, request_id="x", tenant=tenant)
+        await queue.submit(Submission(f"{tenant}/x", MODEL.name, request, 8, 60.0, 0.0))
+
+    async def seen_by(role: str) -> set[str]:
+        _, text = await keys.create("alice", [role])
+        client = await stack.enter_async_context(AsyncClient(guarded, api_key=text))
+        (model,) = await client.models()
+        return {load.tenant for lane in model.lanes for load in lane.tenants}
+
+    assert await seen_by("generate") == {"alice"}
+    assert await seen_by("status") == {"alice", "bob"}
 
 
 # Addresses.

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -23,6 +24,13 @@ from folkmoot.gateway.tls import Certificates, TlsError, TlsFiles
 from tests.gateway.certs import Authority, Pair
 from tests.gateway.conftest import QUICK, start_gateway
 from tests.gateway.echo import EchoEngine, answer
+
+
+@pytest.fixture(scope="module")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """One kind of server is enough here."""
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
+        yield server
 
 
 @pytest.fixture
