@@ -1,8 +1,10 @@
 """Every overlay, built by a real kubectl: schemas, and all that it names against the code that has it."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from folkmoot.gateway.embedded import find_server
+from folkmoot.gateway.embedded import EmbeddedStore, find_server
+from folkmoot.gateway.probe import ask
 from tests.k8s import checks, schemas
 from tests.k8s.checks import words
 from tests.k8s.manifests import OVERLAYS, ROOT, Object, built, containers, of_kind, secrets_made
@@ -116,6 +119,44 @@ def test_the_stores_command_starts_a_server_that_asks_for_its_password(tmp_path:
         server.terminate()
         assert server.wait(20) == 0
     assert list(tmp_path.glob("appendonlydir/*"))
+
+
+def test_the_gateways_command_starts_one_that_its_own_probes_find(tmp_path: Path) -> None:
+    """The manifest's command and probes with the script's certificate, on a real store: alive, and without an engine
+    not ready. Only the folder and the port are others; SIGTERM ends it."""
+    container = dict(containers(built("gpu")))["folkmoot-gateway/gateway"]
+    (made,) = (s["stringData"] for s in secrets_made() if s["metadata"]["name"] == "folkmoot-gateway-tls")
+    for name, text in made.items():
+        (tmp_path / name).write_text(text)
+
+    def here(line: list[str], port: str) -> list[str]:
+        local = [word.replace("/etc/folkmoot/tls", str(tmp_path)) for word in line]
+        return [sys.executable, *(word.replace("0.0.0.0:50051", f"0.0.0.0:{port}") for word in local[1:])]
+
+    with EmbeddedStore(tmp_path / "store") as store:
+        environment = {**os.environ, "FOLKMOOT_REDIS": store.url}
+        line = here(words(container), "0")
+        gateway = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            assert gateway.stdout is not None
+            port = gateway.stdout.readline().strip().rpartition(":")[2]
+            alive, ready = (
+                asked(container[f"{kind}Probe"], lambda line: here(line, port), port)
+                for kind in ("liveness", "readiness")
+            )
+            assert (alive, "NOT_SERVING" in ready) == ("", True)
+        finally:
+            gateway.terminate()
+            assert gateway.wait(20) == 0
+
+
+def asked(probe: Object, here: Callable[[list[str]], list[str]], port: str) -> str:
+    """What keeps a probe from succeeding; empty: nothing. A gRPC probe as the kubelet asks."""
+    if "grpc" in probe:
+        state = ask(f"127.0.0.1:{port}", probe["grpc"]["service"])
+        return "" if state == "SERVING" else state
+    line = [*here(probe["exec"]["command"]), "--address", f"127.0.0.1:{port}"]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stderr
 
 
 def test_the_secrets_are_sound_and_new_each_time() -> None:
