@@ -136,7 +136,7 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     (serve_problems, config("cluster.app:build", "cluster.app:built"), "built"),
     (serve_problems, config("hosts: 4", "host: 4"), "unknown arguments: host;"),
     (serve_problems, config("hosts: 4", "hosts: many"), "hosts"),
-    (serve_problems, config("engines: 2", "engines: 0"), "engines"),
+    (serve_problems, config("replicas: 2", "replicas: 0"), "replicas: 0 is not in the range"),
     (serve_problems, config("device: cuda", "placement: there"), "placement"),
     (serve_problems, config("proxy_location: Disabled", "proxy: Disabled"), "proxy"),
     (serve_problems, config("{folkmoot_engine: 1}", "{folkmoot_motor: 1}"), "2 engines have no room"),
