@@ -149,7 +149,8 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     (serve_problems, put(lambda o: ray_service(o)["rayClusterConfig"], "rayVersion", "2.59.0"), "2.59.0"),
     (serve_problems, lambda o: triggers(o).pop(), "KEDA looks at"),
     (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "consumerGroup", "engines"), "streamLength alone"),
-    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "store:6379"), "nobody is"),
+    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "store.folkmoot.svc:6379"), "nobody"),
+    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "folkmoot-store:6379"), "nobody is"),
     (checks.ending_problems, put(pod(1), "terminationGracePeriodSeconds", 30), "killed after 30 s"),
     (checks.ending_problems, word(lambda o: gateway(o)["args"], "30", "60"), "killed after 45 s"),
     (
