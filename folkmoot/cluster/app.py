@@ -61,8 +61,9 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
     if unknown := sorted(set(arguments) - argument_names()):
         raise ValueError(f"unknown arguments: {', '.join(unknown)}; known ones: {', '.join(sorted(argument_names()))}")
     options: AppOptions = TypeAdapter(AppOptions).validate_python(arguments)
-    for option in up.params:  # its choices and ranges
-        if option.name in arguments:
+    for option in up.params:
+        has_limits = isinstance(option.type, click.Choice | click.IntRange | click.FloatRange)
+        if has_limits and option.name in arguments:
             try:
                 option.type(arguments[option.name], option)
             except click.BadParameter as e:

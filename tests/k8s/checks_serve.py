@@ -89,6 +89,8 @@ def _queue_problems(objects: list[Object], options: app.AppOptions) -> list[str]
         services = {s["metadata"]["name"]: s for s in of_kind(objects, "Service")}
         for trigger in redis:
             host, _, port = trigger["address"].partition(":")
-            if host not in services or int(port) not in [p["port"] for p in services[host]["spec"]["ports"]]:
+            name, _, rest = host.partition(".")  # KEDA runs in another namespace
+            ports = [p["port"] for p in services[name]["spec"]["ports"]] if name in services else []
+            if rest != "folkmoot.svc" or int(port) not in ports:
                 found.append(f"KEDA asks {trigger['address']}, where nobody is")
     return found

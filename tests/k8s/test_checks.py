@@ -136,7 +136,7 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     (serve_problems, config("cluster.app:build", "cluster.app:built"), "built"),
     (serve_problems, config("hosts: 4", "host: 4"), "unknown arguments: host;"),
     (serve_problems, config("hosts: 4", "hosts: many"), "hosts"),
-    (serve_problems, config("engines: 2", "engines: 0"), "engines"),
+    (serve_problems, config("replicas: 2", "replicas: 0"), "replicas: 0 is not in the range"),
     (serve_problems, config("device: cuda", "placement: there"), "placement"),
     (serve_problems, config("proxy_location: Disabled", "proxy: Disabled"), "proxy"),
     (serve_problems, config("{folkmoot_engine: 1}", "{folkmoot_motor: 1}"), "2 engines have no room"),
@@ -149,7 +149,8 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     (serve_problems, put(lambda o: ray_service(o)["rayClusterConfig"], "rayVersion", "2.59.0"), "2.59.0"),
     (serve_problems, lambda o: triggers(o).pop(), "KEDA looks at"),
     (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "consumerGroup", "engines"), "streamLength alone"),
-    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "store:6379"), "nobody is"),
+    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "store.folkmoot.svc:6379"), "nobody"),
+    (serve_problems, put(lambda o: triggers(o)[1]["metadata"], "address", "folkmoot-store:6379"), "nobody is"),
     (checks.ending_problems, put(pod(1), "terminationGracePeriodSeconds", 30), "killed after 30 s"),
     (checks.ending_problems, word(lambda o: gateway(o)["args"], "30", "60"), "killed after 45 s"),
     (
