@@ -140,8 +140,8 @@ def image_problems(objects: list[Object]) -> list[str]:
         kind = repository.rpartition("/")[2]
         if kind != "valkey" and kind not in DOCKERFILES:
             found.append(f"{name}: no Dockerfile makes {container['image']}")
-        elif not tag:
-            found.append(f"{name}: {container['image']} has no tag")
+        elif tag in ("", "latest"):  # which a kubelet pulls each time, also where it lies at hand
+            found.append(f"{name}: {container['image']} has no tag that lasts")
     return found
 
 

@@ -100,6 +100,7 @@ BROKEN: list[tuple[Callable[[list[Object]], list[str]], Break, str]] = [
     ),
     (checks.image_problems, put(gateway, "image", "folkmoot-gate:1"), "no Dockerfile"),
     (checks.image_problems, put(gateway, "image", "folkmoot-gateway"), "no Dockerfile"),
+    (checks.image_problems, put(gateway, "image", "folkmoot-gateway:latest"), "no tag"),
     (checks.port_problems, word(lambda o: gateway(o)["args"], "0.0.0.0:50051", "0.0.0.0:50052"), "50052"),
     (checks.port_problems, put(gateway, "livenessProbe", {"grpc": {"port": 50052}}), "asks port 50052"),
     (checks.port_problems, put(lambda o: ray_container(1)(o)["readinessProbe"]["httpGet"], "port", 52366), "52366"),

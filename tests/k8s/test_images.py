@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from setuptools import find_packages
 
 from tests.k8s.checks import DOCKERFILES, command_problem
-from tests.k8s.manifests import OVERLAYS, ROOT, built, pods
+from tests.k8s.manifests import OVERLAYS, ROOT, built, containers, pods
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FILES = sorted(DOCKERFILES.values())
@@ -101,3 +101,12 @@ def test_a_gateway_needs_nothing_heavy() -> None:
     assert not found & HEAVY
     code = f"import sys; sys.modules.update(dict.fromkeys({sorted(HEAVY)})); import folkmoot.gateway.__main__"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_documents_build_what_the_laptop_runs() -> None:
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    made = dict(reversed(pair) for pair in re.findall(r"^docker build -f (\S+) -t (\S+) \.$", text, re.MULTILINE))
+    images = {container["image"] for _, container in containers(built("laptop"))}
+    assert {image: DOCKERFILES[image.rpartition(":")[0]] for image in images if "valkey" not in image} == made
+    (loaded,) = re.findall(r"^kind load docker-image (.*)$", text, re.MULTILINE)
+    assert set(loaded.split()) == set(made)
