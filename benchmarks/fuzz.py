@@ -51,8 +51,12 @@ WORKERS, CHANNELS = 48, 6
 HANG_S = 30.0
 PATIENCE_S = 90.0  # until what a request left is forgotten: its retention, a tenant's minute
 RETENTION_S = 2.0
-KEPT = ("layout", "api-keys", "models", "engines", "engine-models", "load:", "operation", "ready:", "dead:", "cluster")
-"""What may be in the store when all requests are over: operations are kept for a week where no router takes them."""
+KEPT = (
+    *("layout", "api-keys", "models", "engines", "engine-models", "load:", "ready:", "dead:", "cluster"),
+    *("operation", "batch"),
+)
+"""What may be in the store when all requests are over: operations that no router takes are kept for a week, batches for
+their own retention."""
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """What fuzz.py sends: messages with any values, bytes that are none, calls in the wrong order, raw HTTP/2. Each request
 is a function of its random numbers alone, so that any of them can be sent again."""
 
+import pkgutil
 import random
 import struct
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor as Field
@@ -13,9 +15,11 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from folkmoot.gateway.pb import admin_pb2, gateway_pb2
+from folkmoot.gateway import pb
+from folkmoot.gateway.pb import gateway_pb2
 
-FILES = (gateway_pb2, admin_pb2, health_pb2, reflection_pb2)
+OWN = [import_module(f"{pb.__name__}.{m.name}") for m in pkgutil.iter_modules(pb.__path__) if m.name.endswith("_pb2")]
+FILES = (*OWN, health_pb2, reflection_pb2)
 METHODS: list[MethodDescriptor] = [
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 ]
