@@ -58,6 +58,7 @@ class Engine:
         self._version = -1
         self._phase = "loading"
         self._info: dict[str, Any] = {"log": str(self._log), "version": version, "actor_pid": os.getpid()}
+        self._info["node"] = ray.get_runtime_context().get_node_id()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parent = await warm_parent(spec)
         self._child = await asyncio.to_thread(

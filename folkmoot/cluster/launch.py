@@ -144,10 +144,11 @@ class Supervisor:
         processes.adopt_orphans()
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=_short_temp()))
-        hosts, replicas = num_hosts_and_replicas(self.options, shape.num_experts)
+        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
+        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before anything is started
         self._start_warm_parent()
-        self.spec = self._make_spec(model_path, shape, hosts, replicas, self._start_store())
+        files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
+        self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), **files)
         self._start_gateway(self.spec)
         self._tell("starting Ray")
         ray_address = self._start_ray(self.spec)
@@ -226,39 +227,6 @@ class Supervisor:
         self._update(store=self._store.url)
         return self._store.url if alone else self._store.tcp_url
 
-    def _make_spec(self, model_path: Path, shape: "ModelShape", hosts: int, replicas: int, redis: str) -> ClusterSpec:
-        options = self.options
-        return ClusterSpec(
-            model_path=str(model_path),
-            model="demo" if options.model == "demo" else model_path.name,
-            architecture=shape.architecture,
-            moe_layers=shape.moe_layers,
-            num_experts=shape.num_experts,
-            redis=redis,
-            store_namespace=store_namespace(options.name),
-            run_dir=str(self._run_dir),
-            log_dir=str(self.folder.logs),
-            hosts=hosts,
-            replicas=replicas,
-            share_weights=shares_weights(options),
-            templates=shares_weights(options) if options.templates is None else options.templates,
-            several_nodes=options.address is not None,
-            background_workers=self._background_workers(shape),
-            host_cpus=options.cpus_per_host,
-            host_gpus=options.gpus_per_host,
-            engine_cpus=options.cpus_per_engine,
-            engine_gpus=options.gpus_per_engine,
-            **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
-        )
-
-    def _background_workers(self, shape: "ModelShape") -> bool:
-        """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
-        options = self.options
-        if options.background_workers is not None:
-            return options.background_workers
-        most = options.engines if options.most_engines is None else options.most_engines
-        return options.device == "cpu" and most == 1 and bool(shape.moe_layers)
-
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
@@ -296,7 +264,7 @@ class Supervisor:
                 self._mark("engines")
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
-            self._tell(_waiting_for(spec, status, warm="warm" in self._timings_s))
+            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s))
             interrupts.check()
             time.sleep(POLL_S)
 
@@ -327,6 +295,43 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._state = self._state.with_(**changes)
         self.folder.write(self._state)
+
+
+def make_spec(
+    options: UpOptions, model_path: Path, shape: "ModelShape", *, redis: str, run_dir: str, log_dir: str
+) -> ClusterSpec:
+    """What was asked for, with everything decided that was left open. Raises StartError, PlacementError."""
+    hosts, replicas = num_hosts_and_replicas(options, shape.num_experts)
+    return ClusterSpec(
+        model_path=str(model_path),
+        model="demo" if options.model == "demo" else model_path.name,
+        architecture=shape.architecture,
+        moe_layers=shape.moe_layers,
+        num_experts=shape.num_experts,
+        redis=redis,
+        store_namespace=store_namespace(options.name),
+        run_dir=run_dir,
+        log_dir=log_dir,
+        hosts=hosts,
+        replicas=replicas,
+        share_weights=shares_weights(options),
+        templates=shares_weights(options) if options.templates is None else options.templates,
+        several_nodes=options.address is not None,
+        background_workers=_background_workers(options, shape),
+        host_cpus=options.cpus_per_host,
+        host_gpus=options.gpus_per_host,
+        engine_cpus=options.cpus_per_engine,
+        engine_gpus=options.gpus_per_engine,
+        **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
+    )
+
+
+def _background_workers(options: UpOptions, shape: "ModelShape") -> bool:
+    """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
+    if options.background_workers is not None:
+        return options.background_workers
+    most = options.engines if options.most_engines is None else options.most_engines
+    return options.device == "cpu" and most == 1 and bool(shape.moe_layers)
 
 
 def shares_weights(options: UpOptions) -> bool:
@@ -396,15 +401,16 @@ def _guards(options: UpOptions) -> list[str]:
 
 
 async def _forget_models(url: str, namespace: str) -> None:
-    """What an embedded store knows from a former cluster, which may have served another model, is no longer served."""
+    """What an embedded store knows of a former cluster: it may have served another model, and is not there any more."""
     store = Store(url, namespace)
     queue = RequestQueue(store)
     for name in await queue.models():
         await queue.forget_model(name)
+    await store.command("DEL", store.keys.charge)
     await store.close()
 
 
-def _short_temp() -> str:
+def short_temp() -> str:
     """Unix socket paths may have 107 bytes, and Ray's own are long."""
     return "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else tempfile.gettempdir()
 
@@ -423,7 +429,8 @@ def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_r
         raise StartError(f"Ray Serve did not start the engines: {deployment.error}")
 
 
-def _waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
+def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
+    """What a cluster that comes up still lacks, in words."""
     if not warm:
         return "importing vLLM, once for all processes"
     hosts = sum(h["alive"] for h in status["hosts"])

@@ -28,9 +28,10 @@ class OperationRunner:
         wishes: WishStore,
         state: Callable[[], RouterState],
         wish: Callable[[Wish], Awaitable[None]],
+        is_in_charge: Callable[[], bool] = lambda: True,
     ) -> None:
         self._spec, self._operations, self._wishes = spec, operations, wishes
-        self._state, self._wish = state, wish
+        self._state, self._wish, self._is_in_charge = state, wish, is_in_charge
         self._under_way: dict[str, Operation] = {}
 
     async def run(self) -> None:
@@ -39,6 +40,9 @@ class OperationRunner:
         while True:
             try:
                 following, asked = await self._operations.read(after)
+                if not self._is_in_charge():  # another cluster's router takes them up
+                    await asyncio.sleep(LOOK_S)
+                    continue
                 for operation in asked:
                     if operation.request_id not in self._under_way:
                         await self._take_up(operation)
@@ -51,6 +55,8 @@ class OperationRunner:
         """For ever: write down how far operations are."""
         while True:
             await asyncio.sleep(LOOK_S)
+            if not self._is_in_charge():
+                continue
             try:
                 for operation in list(self._under_way.values()):
                     await self._look_at(operation)

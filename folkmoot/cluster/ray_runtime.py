@@ -58,12 +58,17 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
     return str(context.address_info["address"])
 
 
-def start_router(spec: ClusterSpec) -> Any:
-    """The expert router's actor: detached, so that it outlives the command that started it."""
+def start_router(spec: ClusterSpec, *, get_if_exists: bool = False) -> Any:
+    """The expert router's actor: detached, so that it outlives the command that started it. ValueError where it exists,
+    unless that one will do."""
     from folkmoot.cluster.router import ExpertRouter
 
     actor = ExpertRouter.options(  # type: ignore[attr-defined]
-        name=ROUTER, namespace=spec.namespace, lifetime="detached", resources=_beside_store(spec)
+        name=ROUTER,
+        namespace=spec.namespace,
+        lifetime="detached",
+        get_if_exists=get_if_exists,
+        resources={**_beside_store(spec), **spec.router_resources},
     )
     return actor.remote(spec)
 
@@ -88,10 +93,14 @@ class Deployment:
 
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-            limits = first_wish(self._spec).engine_limits
-            deploy_engines(self._spec, limits, 0, wait=True, first=self._spec.first_engines)
+            start_engines(self._spec, wait=True)
         except Exception as e:
             self.error = e
+
+
+def start_engines(spec: ClusterSpec, *, wait: bool) -> None:
+    """The engines' deployment as the spec has it."""
+    deploy_engines(spec, first_wish(spec).engine_limits, 0, wait=wait, first=spec.first_engines)
 
 
 def deploy_engines(spec: ClusterSpec, limits: Limits, version: int, *, wait: bool, first: int | None = None) -> None:
@@ -102,7 +111,8 @@ def deploy_engines(spec: ClusterSpec, limits: Limits, version: int, *, wait: boo
 
     from folkmoot.cluster.engine import Engine
 
-    options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": _beside_store(spec)}
+    resources = {**_beside_store(spec), **spec.engine_resources}
+    options = {"num_cpus": spec.engine_cpus, "num_gpus": spec.engine_gpus, "resources": resources}
     engines = Engine.options(  # type: ignore[attr-defined]
         **_number(spec, limits, first),
         ray_actor_options=options,

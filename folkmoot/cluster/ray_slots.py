@@ -26,12 +26,14 @@ class RaySlots:
         self._groups: dict[int, PlacementGroup] = {}
         self._places: Mapping[str, Place] = {}
         self._nodes: dict[str, str] = {}
+        self._gcs = gcs_client()
 
     def look(self, wish: Wish) -> tuple[HostSlot, ...]:
         """The hosts that are wanted, and where Ray has room for each now. Asks Ray for what was never asked for."""
         self._places = wish.places
         tables = {group: self._table(group, wish.groups[group]) for group in sorted(wish.open_groups)}
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        nodes -= set(self._gcs.get_draining_nodes())  # their hosts serve on, but are not counted on any more
         found = {h: tables[p.group].get(p.bundle, "") for h, p in self._places.items() if p.group in tables}
         self._nodes = {host: node for host, node in found.items() if node in nodes}
         return tuple(HostSlot(h, self._nodes.get(h), self._spec.max_experts_per_host) for h in wish.open_hosts)
@@ -48,6 +50,7 @@ class RaySlots:
         return {
             "num_cpus": self._spec.host_cpus,
             "num_gpus": self._spec.host_gpus,
+            "resources": dict(self._spec.host_resources),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[place.group], place.bundle),
         }
 
@@ -78,9 +81,18 @@ class RaySlots:
         try:
             return ray.util.get_placement_group(name)
         except ValueError:
-            bundle = {"CPU": spec.host_cpus, **({"GPU": spec.host_gpus} if spec.host_gpus else {})}
+            bundle = {
+                "CPU": spec.host_cpus,
+                **({"GPU": spec.host_gpus} if spec.host_gpus else {}),
+                **spec.host_resources,
+            }
             bundles = [dict(bundle) for _ in range(size)]
             return placement_group(bundles, spec.placement.upper(), name=name, lifetime="detached")
+
+
+def gcs_client() -> Any:
+    """Ray's client of its control service, for what has no public API: draining nodes."""
+    return ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
 
 
 def groups_of(spec: ClusterSpec) -> Iterator[str]:

@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
+from folkmoot.cluster.charge import Charge
 from folkmoot.cluster.healing import is_settled
 from folkmoot.cluster.operation_runner import OperationRunner
 from folkmoot.cluster.ray_runtime import deploy_engines
@@ -77,8 +78,14 @@ class ExpertRouter:
         self._tasks: set[asyncio.Task[None]] = set()
         self._engines_deployed = (self._state.wish.engine_limits, 0)
         self._autoscaler = Autoscaler(spec, self._store, lambda: self._state, self._change)
+        self._charge = Charge(self._store, spec)
         self._operations = OperationRunner(
-            spec, Operations(self._store), self._wishes, lambda: self._state, lambda wish: self.report(Wished(wish))
+            spec,
+            Operations(self._store),
+            self._wishes,
+            lambda: self._state,
+            lambda wish: self.report(Wished(wish)),
+            lambda: self._charge.is_ours,
         )
         for work in (self._run(), self._publish_status(), self._deploy_engines(), self._autoscaler.run()):
             self._keep(work)
@@ -115,6 +122,10 @@ class ExpertRouter:
     def engines_wanted(self) -> int | None:
         """How many engines the autoscaler finds right; None: it does not know yet."""
         return self._autoscaler.engines
+
+    def spec(self) -> ClusterSpec:
+        """What this cluster was started with."""
+        return self._spec
 
     def pid(self) -> int:
         """This actor's process."""
@@ -251,13 +262,15 @@ class ExpertRouter:
                     await self._changed.wait()
 
     async def _publish_status(self) -> None:
-        """Write the status document where gateways find it, at every new map, and once a second. It expires by itself
-        when the router is gone."""
+        """Where this cluster is in charge: write the status document where gateways find it, at every new map, and once
+        a second. It expires by itself when the router is gone."""
         queue = RequestQueue(self._store)
         while True:
             text = json.dumps(await self.status())
+            can_serve = self._state.is_publishable and any(e.phase == "ready" for e in self._state.engines.values())
             try:
-                await queue.set_cluster_status(text, STATUS_TTL_S)
+                if await self._charge.claim(can_serve=can_serve):
+                    await queue.set_cluster_status(text, STATUS_TTL_S)
             except StoreError as e:
                 log.warning("the status could not be written: %s", e)
             await asyncio.sleep(STATUS_EVERY_S)

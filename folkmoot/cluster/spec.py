@@ -1,5 +1,7 @@
 """What `folkmoot up` decides once, and hands to every actor as it is. Light: imported by all of them."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +82,14 @@ class ClusterSpec:
     """no host is ever given more; None: any number"""
     engine_cpus: float = 0.1
     engine_gpus: float = 0.0
+    router_resources: Mapping[str, float] = field(default_factory=dict)
+    """custom Ray resources that the expert router asks of its node; alike below: so each finds its own kind of node"""
+    host_resources: Mapping[str, float] = field(default_factory=dict)
+    engine_resources: Mapping[str, float] = field(default_factory=dict)
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
+    started_s: float = field(default_factory=time.time)
+    """when this cluster was begun: of several on one store the newest takes charge (folkmoot.cluster.charge)"""
 
     @property
     def first_engines(self) -> int:
@@ -91,7 +99,7 @@ class ClusterSpec:
     @property
     def namespace(self) -> str:
         """Ray namespace of all actors of this cluster."""
-        return "folkmoot" if self.name == "default" else f"folkmoot-{self.name}"
+        return namespace_of(self.name)
 
     @property
     def app(self) -> str:
@@ -116,6 +124,11 @@ class ClusterSpec:
     def log(self, part: str) -> Path:
         """The log file of one process."""
         return Path(self.log_dir) / f"{part}.log"
+
+
+def namespace_of(name: str) -> str:
+    """Ray namespace of the cluster of this name."""
+    return "folkmoot" if name == "default" else f"folkmoot-{name}"
 
 
 def group_name(spec: ClusterSpec, group: int) -> str:

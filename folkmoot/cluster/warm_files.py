@@ -1,9 +1,9 @@
 """How processes of one node find its warm parent: its socket, and beside it a note of who will listen there. No Ray."""
 
-import os
 from pathlib import Path
 from subprocess import Popen
 
+from folkmoot.cluster.processes import is_alive
 from folkmoot.experts import warm
 
 
@@ -22,7 +22,6 @@ def start(warm_socket: Path, log_path: Path) -> "Popen[bytes]":
 def is_started(warm_socket: Path) -> bool:
     """Whether a warm parent listens on this socket, or is about to."""
     try:
-        os.kill(int(pid_file(warm_socket).read_text()), 0)
+        return is_alive(int(pid_file(warm_socket).read_text()))
     except (OSError, ValueError):
         return False
-    return True

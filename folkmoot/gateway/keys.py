@@ -134,6 +134,11 @@ class Keys:
         """String: what the expert router was last asked to make of the cluster."""
         return f"{self.root}:wish"
 
+    @property
+    def charge(self) -> str:
+        """String with a TTL: which of several clusters on this store answers for them."""
+        return f"{self.root}:charge"
+
     def ready(self, engine: str) -> str:
         """String with a TTL: this engine can serve now."""
         return f"{self.root}:ready:{engine}"

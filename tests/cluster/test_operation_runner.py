@@ -43,8 +43,10 @@ class Router:
     def __init__(self, store: Store, state: RouterState) -> None:
         self.state = state
         self.wishes = 0
+        self.is_in_charge = True
+        wishes = WishStore(store, spec_of())
         self.runner = OperationRunner(
-            spec_of(), Operations(store), WishStore(store, spec_of()), lambda: self.state, self.wished
+            spec_of(), Operations(store), wishes, lambda: self.state, self.wished, lambda: self.is_in_charge
         )
 
     async def wished(self, wish: Wish) -> None:
@@ -100,3 +102,18 @@ async def test_the_wish_of_another_run_counts_no_more(store: Store) -> None:
     await WishStore(store, spec_of("/run/1")).save(Wish(2, 1, (3,)))
     assert await WishStore(store, spec_of("/run/1")).load() == Wish(2, 1, (3,))
     assert await WishStore(store, spec_of("/run/2")).load() is None
+
+
+async def test_a_cluster_that_is_not_in_charge_leaves_operations_to_the_one_that_is(store: Store) -> None:
+    operations = Operations(store)
+    await operations.submit("a", Command("scale", "hosts", 3))
+    other = Router(store, running(hosts=2))
+    other.is_in_charge = False
+    async with other, Router(store, running(hosts=2)) as ours:
+        operation = await reached(operations, "a", UNDER_WAY)
+        assert operation.message
+        assert (other.wishes, ours.wishes) == (0, 1)
+        ours.is_in_charge, other.is_in_charge = False, True
+        await operations.submit("b", Command("scale", "hosts", 4))
+        await reached(operations, "b", UNDER_WAY)
+        assert (other.wishes, ours.wishes) == (1, 1)
