@@ -39,7 +39,6 @@ ASK_AGAIN = (ABORTED, UNAVAILABLE)
 EXPIRED = ("batch_expired", "the completion window was over before this line was answered")
 CANCELLED = ("batch_cancelled", "the batch was cancelled before this line was answered")
 
-
 Lines = AsyncIterator[tuple[int, batch_input_pb2.InputLine]]
 
 
