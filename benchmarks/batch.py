@@ -228,10 +228,10 @@ def growth(samples: Sequence[int]) -> float:
 def main() -> None:
     """Run, report, and exit with 1 where a result is missing, doubled or wrong."""
     parser = report.parser(__doc__)
-    parser.add_argument("--lines", type=int, default=10_000)
+    parser.add_argument("--lines", type=int, help="good lines  [default: 10,000; quick: 300]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    num = 300 if args.quick else args.lines
+    num = args.lines or (300 if args.quick else 10_000)
     num_bad, num_poison, every_s = (4, 0, FAULT_EVERY_QUICK_S) if args.quick else (100, 5, FAULT_EVERY_S)
     rng, prompts = random.Random(args.seed), prompts_of(num, PROMPT_TOKENS, 500, args.seed)
     good = [line(f"line-{i}", prompt, MAX_TOKENS) for i, prompt in enumerate(prompts)]
