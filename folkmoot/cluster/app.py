@@ -31,6 +31,8 @@ POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
 NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
+LEAST = {"engines": 0, "most_engines": 1, "hosts": 1, "most_hosts": 1}
+"""Limits that the command line has in the form of these options there, MIN..MAX."""
 OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret"})
 """Fields of a spec that each cluster has for itself."""
 
@@ -67,6 +69,10 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
                 option.type(arguments[option.name], option)
             except click.BadParameter as e:
                 raise ValueError(f"{option.name}: {e.message}") from e
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: {value} is not in the range x>={least}")
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
     return options
