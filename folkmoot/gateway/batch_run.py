@@ -18,6 +18,7 @@ from folkmoot.gateway.batch_answers import joined
 from folkmoot.gateway.batch_check import FileCheck
 from folkmoot.gateway.batch_store import Answer, BatchLease, BatchStore, Result
 from folkmoot.gateway.batch_translate import Asked, Translation
+from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, LimitReached, LostBatch, QueueFull, RequestIdTaken, StoreError
 from folkmoot.gateway.limits import NO_LIMITS
 from folkmoot.gateway.pb import batch_input_pb2
@@ -73,11 +74,13 @@ class BatchRun:
         self._default_answer_tokens = default_answer_tokens
         self._total, self._limits = 0, NO_LIMITS
         self._models: Mapping[str, ModelRecord] = {}
+        self._model = ""
         self._asked: dict[str, Asked] = {}  # in the queue, by request id
         self._waiting: deque[Asked] = deque()  # to be submitted before new lines
         self._results: list[Result] = []
         self._owed_tokens = 0
         self._read_all = False
+        self._read_lines, self._estimated = 0, 0  # of all; of the whole batch
         self._status, self._ends_s = "", 0.0
         self._looked_s = 0.0
         self._pace = Pace()
@@ -89,6 +92,7 @@ class BatchRun:
             await self._renew()
             batch = await self._batches.get(self._lease.batch_id)
             self._total, self._limits = batch.total, await self._batches.limits(self._lease)
+            self._estimated = batch.estimated_tokens
             self._translation = Translation(batch.id, batch.endpoint, batch.tenant, self._default_answer_tokens)
             beat = asyncio.create_task(self._beat())
             if self._status == "validating":
@@ -112,6 +116,7 @@ class BatchRun:
             await asyncio.sleep(self._batches.lease_s / 3)
             try:
                 await self._renew()
+                await self._say_owed()
             except LostBatch:
                 self._status = "lost"
             except StoreError as e:
@@ -120,6 +125,19 @@ class BatchRun:
     async def _renew(self) -> None:
         self._status, left_s = await self._batches.renew(self._lease, *self._pace.now())
         self._ends_s = time.monotonic() + left_s
+
+    async def _say_owed(self) -> None:
+        """What of this batch is not in the queue yet, for an autoscaler; of the model that its lines ask for now."""
+        if (asked := next(iter(self._asked.values()), None)) is not None:
+            self._model = asked.line.request.model
+        elif len(self._models) == 1:
+            self._model = next(iter(self._models))
+        left = self._estimated * (1 - self._read_lines / self._total) + sum(one.cost for one in self._waiting)
+        is_owed = self._status == "in_progress" and not self._read_all
+        deadline_s = time.time() + self._ends_s - time.monotonic()
+        source = f"batch:{self._lease.batch_id}"
+        if self._model:
+            await Demands(self._queue.store).owe(self._model, source, left if is_owed else 0.0, deadline_s)
 
     async def _leave(self) -> None:
         try:
@@ -138,18 +156,23 @@ class BatchRun:
         if faults := found.faults():
             self._status = await move(self._lease, "validating", "failed", faults=json.dumps(faults))
         else:
+            self._estimated = found.estimated_tokens
             self._status = await move(self._lease, "validating", "in_progress", estimated=found.estimated_tokens)
 
     async def _work(self) -> None:
         """Until each line has its result, or time is up, or it is cancelled."""
         lines = self._undone()
+        self._models = await self._queue.models()
+        await self._say_owed()
         while self._status == "in_progress" and time.monotonic() < self._ends_s:
             await self._fill(lines)
             await self._collect()
             await self._flush()
             if self._read_all and not self._asked and not self._waiting:
-                return
+                break
             await asyncio.sleep(POLL_S)
+        self._read_all = True
+        await self._say_owed()
 
     async def _end(self) -> None:
         if self._status == "in_progress":
@@ -225,6 +248,7 @@ class BatchRun:
         if self._waiting:
             return self._waiting.popleft()
         async for index, line in lines:
+            self._read_lines = index + 1
             asked = self._translation.prepared(index, line, self._models)
             if isinstance(asked, Asked):
                 return asked
