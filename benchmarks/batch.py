@@ -40,7 +40,7 @@ from folkmoot.gateway.client import AsyncClient, FolkmootError
 from folkmoot.gateway.pb import batches_pb2, gateway_pb2
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--engines", "2", "--hosts", "3", "--replicas", "2")
-PROMPT_TOKENS, MAX_TOKENS, POISON_TOKENS = 16, 16, 384
+PROMPT_TOKENS, MAX_TOKENS, POISON_TOKENS = 16, 16, 480
 FAULT_EVERY_S, FAULT_EVERY_QUICK_S = 5.0, 1.0
 SAMPLE_S = 0.5
 TIMEOUT_S = 3600.0

@@ -1,7 +1,9 @@
 """Whether a batch file is sound as a whole, and how much it asks for. One bad line is only that line's error."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 
 from folkmoot.gateway.batch_lines import BadLine, parse, read
 from folkmoot.gateway.pb import batch_input_pb2
@@ -23,7 +25,8 @@ class FileCheck:
         self._no_json: list[Fault] = []
         self._doubled: list[Fault] = []
         self._objects = 0
-        self.estimated_tokens = 0
+        self.estimated: Counter[str] = Counter()
+        """tokens by model, prompt and answer, as admission estimates them"""
 
     def add(self, line: batch_input_pb2.InputLine) -> None:
         """The next line."""
@@ -39,7 +42,7 @@ class FileCheck:
                 message = f"custom_id {custom_id[:100]!r} stands in an earlier line too"
                 self._note(self._doubled, "duplicate_custom_id", message, line.number, "custom_id")
             self._seen.add(digest)
-        self.estimated_tokens += self._estimate(line)
+        self._estimate(line)
 
     def faults(self) -> list[Fault]:
         """Why nothing of the file is to be run; empty where something is."""
@@ -47,12 +50,11 @@ class FileCheck:
             return self._doubled
         return self._no_json or [{"code": "empty_file", "message": "the file has no lines", "line": 0}]
 
-    def _estimate(self, line: batch_input_pb2.InputLine) -> int:
-        try:
+    def _estimate(self, line: batch_input_pb2.InputLine) -> None:
+        with suppress(BadLine, InvalidRequest):
             request = parse(line, self._endpoint).request
-            return estimate_tokens(request, choose_model(request, self._models), self._answer_tokens)
-        except (BadLine, InvalidRequest):
-            return 0
+            model = choose_model(request, self._models)
+            self.estimated[model.name] += estimate_tokens(request, model, self._answer_tokens)
 
     @staticmethod
     def _note(faults: list[Fault], code: str, message: str, line: int, param: str = "") -> None:

@@ -51,8 +51,8 @@ class AsyncBatches:
         metadata: Mapping[str, str] | None = None,
         tenant: str = "",
     ) -> pb.Batch:
-        """Send a file, or lines as objects (a list: they may be sent more than once). The same `batch_id` and content
-        again change nothing. 0 seconds: 24 hours. Raises OSError where the file cannot be read."""
+        """Send a file, or lines as objects. The same `batch_id` and content again change nothing. 0 seconds: 24 hours.
+        Raises OSError where the file cannot be read."""
         header = pb.BatchHeader(
             batch_id=batch_id or f"batch_{secrets.token_hex(12)}",
             completion_window_s=completion_window_s,
@@ -62,6 +62,8 @@ class AsyncBatches:
         )
         if isinstance(source, Path):
             source.open("rb").close()  # an error inside a stream of requests would only end the call
+        else:
+            source = list(source)  # it may be sent more than once
         patience = _Patience(self._client._options.reconnect_s)
         while True:
             try:

@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 LOOK_S = 1.0  # how often requests past their deadline are ended
 SUBMITS_A_CALL = 64
-RESULTS_A_CALL = 256
+RESULTS_A_CALL, RESULT_BYTES_A_CALL = 256, 4 << 20
 MAX_IN_QUEUE = 4096  # lines of one batch
 MAX_AGAIN = 5
 RATE_S = 30.0
+OWE_EVERY_S = 5.0
 ABORTED, DEADLINE_EXCEEDED, UNAVAILABLE = 10, 4, 14
 ASK_AGAIN = (ABORTED, UNAVAILABLE)
 EXPIRED = ("batch_expired", "the completion window was over before this line was answered")
 CANCELLED = ("batch_cancelled", "the batch was cancelled before this line was answered")
-
 
 Lines = AsyncIterator[tuple[int, batch_input_pb2.InputLine]]
 
@@ -74,15 +74,15 @@ class BatchRun:
         self._default_answer_tokens = default_answer_tokens
         self._total, self._limits = 0, NO_LIMITS
         self._models: Mapping[str, ModelRecord] = {}
-        self._model = ""
         self._asked: dict[str, Asked] = {}  # in the queue, by request id
         self._waiting: deque[Asked] = deque()  # to be submitted before new lines
         self._results: list[Result] = []
         self._owed_tokens = 0
         self._read_all = False
-        self._read_lines, self._estimated = 0, 0  # of all; of the whole batch
         self._status, self._ends_s = "", 0.0
         self._looked_s = 0.0
+        self._demands, self._estimates, self._unread = Demands(queue.store), dict[str, int](), 0
+        self._deadline_s = self._owes_again_s = 0.0
         self._pace = Pace()
 
     async def run(self) -> None:
@@ -91,8 +91,8 @@ class BatchRun:
         try:
             await self._renew()
             batch = await self._batches.get(self._lease.batch_id)
+            self._deadline_s = batch.deadline_ms / 1000
             self._total, self._limits = batch.total, await self._batches.limits(self._lease)
-            self._estimated = batch.estimated_tokens
             self._translation = Translation(batch.id, batch.endpoint, batch.tenant, self._default_answer_tokens)
             beat = asyncio.create_task(self._beat())
             if self._status == "validating":
@@ -116,7 +116,6 @@ class BatchRun:
             await asyncio.sleep(self._batches.lease_s / 3)
             try:
                 await self._renew()
-                await self._say_owed()
             except LostBatch:
                 self._status = "lost"
             except StoreError as e:
@@ -125,19 +124,6 @@ class BatchRun:
     async def _renew(self) -> None:
         self._status, left_s = await self._batches.renew(self._lease, *self._pace.now())
         self._ends_s = time.monotonic() + left_s
-
-    async def _say_owed(self) -> None:
-        """What of this batch is not in the queue yet, for an autoscaler; of the model that its lines ask for now."""
-        if (asked := next(iter(self._asked.values()), None)) is not None:
-            self._model = asked.line.request.model
-        elif len(self._models) == 1:
-            self._model = next(iter(self._models))
-        left = self._estimated * (1 - self._read_lines / self._total) + sum(one.cost for one in self._waiting)
-        is_owed = self._status == "in_progress" and not self._read_all
-        deadline_s = time.time() + self._ends_s - time.monotonic()
-        source = f"batch:{self._lease.batch_id}"
-        if self._model:
-            await Demands(self._queue.store).owe(self._model, source, left if is_owed else 0.0, deadline_s)
 
     async def _leave(self) -> None:
         try:
@@ -156,28 +142,31 @@ class BatchRun:
         if faults := found.faults():
             self._status = await move(self._lease, "validating", "failed", faults=json.dumps(faults))
         else:
-            self._estimated = found.estimated_tokens
-            self._status = await move(self._lease, "validating", "in_progress", estimated=found.estimated_tokens)
+            tokens: dict[str, str | int] = {
+                "estimated": found.estimated.total(),
+                "estimates": json.dumps(found.estimated),
+            }
+            self._status = await move(self._lease, "validating", "in_progress", **tokens)
 
     async def _work(self) -> None:
         """Until each line has its result, or time is up, or it is cancelled."""
         lines = self._undone()
-        self._models = await self._queue.models()
-        await self._say_owed()
+        self._unread = self._total - await self._num_done()
+        self._estimates = await self._batches.estimates(self._lease)
         while self._status == "in_progress" and time.monotonic() < self._ends_s:
             await self._fill(lines)
             await self._collect()
             await self._flush()
             if self._read_all and not self._asked and not self._waiting:
                 break
+            if time.monotonic() >= self._owes_again_s:
+                await self._owe(self._unread)
             await asyncio.sleep(POLL_S)
-        self._read_all = True
-        await self._say_owed()
+        await self._owe(0)
 
     async def _end(self) -> None:
         if self._status == "in_progress":
-            complete = await self._is_complete()
-            outcome = "completed" if complete else "expired"
+            outcome = "completed" if await self._num_done() >= self._total else "expired"
             self._status = await self._batches.move(self._lease, "in_progress", "finalizing", outcome=outcome)
         if self._status == "finalizing":
             if (outcome := await self._batches.outcome(self._lease)) == "expired":
@@ -187,8 +176,15 @@ class BatchRun:
             await self._settle(*CANCELLED)
             self._status = await self._batches.move(self._lease, "cancelling", "cancelled")
 
-    async def _is_complete(self) -> bool:
-        return sum(byte.bit_count() for byte in await self._batches.done(self._lease)) >= self._total
+    async def _num_done(self) -> int:
+        return sum(byte.bit_count() for byte in await self._batches.done(self._lease))
+
+    async def _owe(self, lines: int) -> None:
+        """Tell autoscalers how many lines are not in the queue yet, in tokens."""
+        self._owes_again_s = time.monotonic() + OWE_EVERY_S
+        for model, tokens in self._estimates.items():
+            left = tokens * lines / self._total
+            await self._demands.owe(model, f"batch:{self._lease.batch_id}", left, self._deadline_s)
 
     async def _settle(self, code: str, message: str) -> None:
         """Each line that has no result gets one: its answer where that is there already, else this error."""
@@ -248,13 +244,12 @@ class BatchRun:
         if self._waiting:
             return self._waiting.popleft()
         async for index, line in lines:
-            self._read_lines = index + 1
+            self._unread -= 1
             asked = self._translation.prepared(index, line, self._models)
             if isinstance(asked, Asked):
                 return asked
             self._results.append(asked)
-            if len(self._results) >= RESULTS_A_CALL:
-                await self._flush()
+            await self._flush_many()
         self._read_all = True
         return None
 
@@ -302,8 +297,7 @@ class BatchRun:
                 self._waiting.append(asked)
             else:
                 await self._take(ids[i], asked, answer)
-            if len(self._results) >= RESULTS_A_CALL:
-                await self._flush()
+            await self._flush_many()
 
     async def _take(self, request_id: str, asked: Asked, answer: Answer) -> None:
         whole = joined(answer)
@@ -314,6 +308,12 @@ class BatchRun:
             self._waiting.append(asked)
             return
         self._results.append(self._translation.result(asked, whole, int(time.time())))
+
+    async def _flush_many(self) -> None:
+        """Not too often, and never with more than fits into memory."""
+        size = sum(len(one.text) for one in self._results)
+        if len(self._results) >= RESULTS_A_CALL or size >= RESULT_BYTES_A_CALL:
+            await self._flush()
 
     async def _flush(self) -> None:
         """Results into the store."""

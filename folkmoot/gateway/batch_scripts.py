@@ -14,8 +14,8 @@ KEYS[1] is the hash tag, times are the store's clock, as in scripts.py.
 from folkmoot.gateway.prelude import PRELUDE
 
 # Batch hash: status tenant endpoint metadata limits digest window created deadline input_bytes total output errors
-#             faults estimated epoch runner leased_until <status>_at prompt_tokens completion_tokens rate_lines
-#             rate_tokens retention outcome
+#             faults estimated estimates epoch runner leased_until <status>_at prompt_tokens completion_tokens
+#             rate_lines rate_tokens retention outcome
 COMMON = (
     PRELUDE
     + """

@@ -24,7 +24,7 @@ BATCH_ID = re.compile(r"[A-Za-z0-9._-]{1,96}")
 DAY_S = 86_400.0
 PAGE, MAX_PAGE = 20, 100
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
-MESSAGE_BYTES = 1 << 20
+MESSAGE_BYTES, MOST_LINES = 1 << 20, 256
 FOLLOW_S = 0.25
 FILES: dict[int, File] = {pb.OUTPUT: "output", pb.ERRORS: "errors"}
 
@@ -149,12 +149,15 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
     async def _lines(self, request: pb.BatchResultsRequest) -> AsyncIterator[bytes]:
         """Lines joined, some at a time."""
         line, file, batch_id = request.line, FILES[request.file], caller().scoped(request.batch_id)
+        most = 1  # until it is known how long lines are
         while True:
             batch = await self._batches.get(batch_id)  # before the look, so that nothing comes in between
-            found = await self._batches.results(batch_id, file, line)
+            found = await self._batches.results(batch_id, file, line, most)
             line += len(found)
             if found:
-                yield b"".join(found)
+                text = b"".join(found)
+                most = max(1, min(MOST_LINES, MESSAGE_BYTES * len(found) // len(text)))
+                yield text
             elif batch.status in ENDED or not request.follow:
                 return
             else:

@@ -32,7 +32,6 @@ ENDED = frozenset({pb.BATCH_FAILED, pb.COMPLETED, pb.EXPIRED, pb.BATCH_CANCELLED
 UPLOAD_TTL_S = 3600
 """An upload that makes no progress for so long is forgotten."""
 COLLECT_BYTES = 4 << 20
-LINES_A_READ = 64
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,11 @@ class BatchStore:
         if await self.store.run("batch_cancel", batch_id) is None:
             raise UnknownBatch(batch_id)
 
-    async def results(self, batch_id: str, file: File, first: int) -> list[bytes]:
-        """Some lines of a result file from number `first` on, each with its end; none where there are no more yet."""
+    async def results(self, batch_id: str, file: File, first: int, most: int) -> list[bytes]:
+        """Up to `most` lines of a result file from number `first` on, each with its end; none where there are no more
+        yet."""
         key = self.store.keys.batch_part(batch_id, file)
-        found = await self.store.command("XRANGE", key, f"{first}-1", "+", "COUNT", LINES_A_READ)
+        found = await self.store.command("XRANGE", key, f"{first}-1", "+", "COUNT", most)
         return [zlib.decompress(item[1][1]) for item in found]
 
     # ------------------------------------------------------------------------------------ for the one who runs it
@@ -179,6 +179,11 @@ class BatchStore:
         """Which its requests have to keep."""
         found: bytes = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "limits")
         return Limits(**json.loads(found))
+
+    async def estimates(self, lease: BatchLease) -> dict[str, int]:
+        """Estimated tokens by model; nothing before the file was validated."""
+        found: bytes | None = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "estimates")
+        return dict(json.loads(found)) if found else {}
 
     async def outcome(self, lease: BatchLease) -> str:
         """How a batch that is finalizing ends: completed or expired."""

@@ -131,7 +131,7 @@ def test_a_batch_answers_and_scores_as_the_same_requests_alone(client: Client) -
     logprobs = choices["score"]["logprobs"]
     assert choices["score"]["text"] == PROMPT == "".join(logprobs["tokens"])
     assert logprobs["token_logprobs"] == [None, *(pytest.approx(entry[0].logprob) for entry in scored[1:])]
-    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"][1:]), "two tokens may spell the same"
     first, second, third = choices["ids"]["prompt_logprobs"]
     assert first is None and "8" in second and "9" in third and choices["ids"]["text"] == ""
 

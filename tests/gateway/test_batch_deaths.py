@@ -190,7 +190,7 @@ async def test_only_the_newest_lease_writes_and_the_first_result_counts(
         await store.renew(first, 0, 0)
     assert await store.write(second, [Result(0, "r0", "output", b"one"), Result(0, "r0", "errors", b"two")]) == 1
     assert await store.write(second, [Result(0, "r0", "output", b"three"), Result(2, "r2", "errors", b"four")]) == 1
-    assert await store.results("b", "output", 0) == [b"one\n"]
-    assert await store.results("b", "errors", 0) == [b"four\n"]
+    assert await store.results("b", "output", 0, 9) == [b"one\n"]
+    assert await store.results("b", "errors", 0, 9) == [b"four\n"]
     batch = await store.get("b")
     assert (batch.completed, batch.failed) == (1, 1)

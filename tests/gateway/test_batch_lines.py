@@ -333,7 +333,7 @@ def test_the_estimate_is_what_admission_would_say() -> None:
     check = FileCheck({"echo": MODEL}, "", 512)
     for text in (record(COMPLETIONS, prompt=[1, 2, 3], max_tokens=7), record(COMPLETIONS, max_tokens=-1), [1]):
         check.add(input_line({**text, "custom_id": str(text)} if isinstance(text, dict) else text))
-    assert (check.estimated_tokens, check.faults()) == (10, [])
+    assert (check.estimated, check.faults()) == ({"echo": 10}, [])
 
 
 def test_the_window_grows_with_what_runs_and_leaves_room_for_others() -> None:

@@ -12,6 +12,7 @@ from folkmoot.gateway.api_keys import KeyStore
 from folkmoot.gateway.batch_client import AsyncBatches
 from folkmoot.gateway.batch_store import BatchSettings
 from folkmoot.gateway.client import AsyncClient, InvalidRequest, NotFound, PermissionDenied, RequestIdInUse
+from folkmoot.gateway.demand import DEADLINE_STEP_S, Demands
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.limits import Limits
 from folkmoot.gateway.pb import batches_pb2 as pb
@@ -262,6 +263,24 @@ async def test_a_full_queue_only_slows_a_batch_down(
             most = max(most, (await queue.load(MODEL.name)).waiting_requests)
             await asyncio.sleep(0.005)
     assert 0 < most <= 16
+
+
+async def test_autoscalers_hear_of_what_is_not_queued_yet(batches: AsyncBatches, queue: RequestQueue) -> None:
+    await queue.register("engine-0", MODEL, 60.0)  # a model without an engine that works
+    await batches.create([line(i, max_tokens=1000) for i in range(200)], batch_id="b", completion_window_s=1000)
+    demands = Demands(queue.store)
+
+    async def owed() -> bool:
+        return (await demands.read(MODEL.name)).outside > 0
+
+    await until(owed)
+    batch, demand = await batches.get("b"), await demands.read(MODEL.name)
+    assert sum(one.tokens for one in demand.due) == pytest.approx(batch.estimated_tokens, rel=0.01)
+    assert all(abs(one.deadline_s - batch.deadline_ms / 1000) <= DEADLINE_STEP_S for one in demand.due)
+    assert 0.7 * batch.estimated_tokens < demand.outside < batch.estimated_tokens
+    await batches.cancel("b")
+    await ended(batches, "b")
+    assert (await demands.read(MODEL.name)).due == ()
 
 
 async def test_a_batch_is_forgotten_after_its_retention(
