@@ -47,7 +47,7 @@ format: install  ## format and sort imports
 
 bench: install   ## every benchmark, one after the other, figures into bench/
 	mkdir -p bench
-	for name in exactness throughput hop gateway failover chaos batch lanes autoscale; do \
+	for name in exactness throughput hop gateway failover chaos batch lanes autoscale fuzz; do \
 	  $(BIN)/python -m benchmarks.$$name --json bench/$$name.json || exit 1; done
 
 proto: install   ## regenerate the protobuf code

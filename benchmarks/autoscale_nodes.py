@@ -75,6 +75,7 @@ def _ray_settings() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "1",
     }
 
 
@@ -91,6 +92,10 @@ def cluster_config() -> dict[str, Any]:
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,  # all nodes have the address of this machine
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
@@ -103,11 +108,9 @@ def cluster_config() -> dict[str, Any]:
         },
         "head_node_type": "ray.head.default",
         "auth": {},
-        "head_node": {},
-        "worker_nodes": {},
         **{name: [] for name in ("initialization_commands", "setup_commands", "head_setup_commands")},
         **{name: [] for name in ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
-        **{name: {} for name in ("file_mounts",)},
+        "file_mounts": {},
         **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
     }
 
@@ -115,10 +118,14 @@ def cluster_config() -> dict[str, Any]:
 @contextlib.contextmanager
 def fake_cluster(folder: Path) -> Iterator[None]:
     """A head with the autoscaler. Everything of it ends with the namespace."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
     config = folder / "autoscaling.json"
     config.write_text(json.dumps(cluster_config()))
     options = ["--head", "--num-cpus=1", f"--autoscaling-config={config}", f"--object-store-memory={80 << 20}"]
-    subprocess.run([RAY, "start", *options, "--disable-usage-stats"], check=True)
+    names = ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")  # how the autoscaler tells nodes apart
+    environment = {**os.environ, **dict.fromkeys(names, FAKE_HEAD_NODE_ID)}
+    subprocess.run([RAY, "start", *options, "--disable-usage-stats"], env=environment, check=True)
     yield
     subprocess.run([RAY, "stop", "--force"], check=False)
 

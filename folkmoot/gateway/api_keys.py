@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from folkmoot.gateway.errors import GatewayError, InvalidApiKey
+from folkmoot.gateway.errors import GatewayError, InvalidApiKey, StoreRefused
 from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.store import Store
 
@@ -95,11 +95,14 @@ class ApiKey:
 
     @staticmethod
     def from_json(text: str | bytes) -> "ApiKey":
-        """What `to_json` wrote."""
-        raw: dict[str, Any] = json.loads(text)
-        hashes = tuple(Hash(**one) for one in raw.pop("hashes"))
-        limits, roles = Limits(**raw.pop("limits")), tuple(raw.pop("roles"))
-        return ApiKey(**raw, roles=roles, hashes=hashes, limits=limits)
+        """What `to_json` wrote. Raises StoreRefused for anything else."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            hashes = tuple(Hash(**one) for one in raw.pop("hashes"))
+            limits, roles = Limits(**raw.pop("limits")), tuple(raw.pop("roles"))
+            return ApiKey(**raw, roles=roles, hashes=hashes, limits=limits)
+        except (ValueError, TypeError, KeyError, AttributeError):  # their words may have parts of the record
+            raise StoreRefused("the record of an API key cannot be read: of another version, or damaged") from None
 
 
 def _hash(secret: str) -> str:

@@ -8,12 +8,15 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 
+from folkmoot.gateway.batch_client import AsyncBatches
+from folkmoot.gateway.client import AsyncClient
 from folkmoot.gateway.demand import DEADLINE_STEP_S, MOST_LOOKED_AT, Demands, Owed, Scaling
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import Append, QueueSettings, RequestQueue, Submission
 from folkmoot.gateway.readiness import is_ready
+from tests.gateway.batches import line
 from tests.gateway.conftest import MODEL, start_gateway, token_request, until
 from tests.gateway.echo import EchoEngine
 
@@ -130,3 +133,30 @@ async def knows(queue: RequestQueue) -> bool:
 
 async def changed(question: Callable[[], Awaitable[bool]]) -> bool:
     return not await question()
+
+
+async def test_a_batch_owes_what_is_in_the_queue_and_what_is_not_yet(gateway: str, queue: RequestQueue) -> None:
+    """A batch keeps a window of its lines in the queue; all of it is owed, also while no engine is there."""
+    async with EchoEngine(queue):
+        await until(lambda: knows(queue))
+    async with AsyncClient(gateway) as client:
+        batches = AsyncBatches(client)
+        await batches.create([line(i) for i in range(2000)], batch_id="b", tenant="t")
+        demands = Demands(queue.store)
+
+        async def owed() -> float:
+            return sum(one.tokens for one in (await demands.read(MODEL.name)).due)
+
+        async def is_queued() -> bool:
+            demand = await demands.read(MODEL.name)
+            return demand.batch.waiting_tokens > 0 and demand.outside > 0
+
+        await until(is_queued)
+        estimated = (await batches.get("b")).estimated_tokens
+        await until(lambda: is_close(owed, estimated))
+        await batches.cancel("b")
+        await until(lambda: is_close(owed, 0.0))
+
+
+async def is_close(question: Callable[[], Awaitable[float]], value: float) -> bool:
+    return await question() == pytest.approx(value, rel=0.1)

@@ -247,6 +247,17 @@ async def test_only_hashes_are_kept(keys: KeyStore, queue: RequestQueue) -> None
     assert (await keys.all()) == [key] and await keys.find(key.id) == key
 
 
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"id": 1}', "nonsense"])
+async def test_a_record_that_cannot_be_read_lets_nobody_in(
+    channel: grpc.aio.Channel, keys: KeyStore, queue: RequestQueue, record: str
+) -> None:
+    key, text = await keys.create("alice", ["generate"])
+    await queue.store.command("HSET", queue.store.keys.api_keys, key.id, record)
+    method = "/folkmoot.v1.Folkmoot/ListModels"
+    code, words, _ = await status_of(channel, method, pb.ListModelsRequest(), bearer(text))
+    assert code == grpc.StatusCode.INTERNAL and "record of an API key" in words
+
+
 @pytest.mark.parametrize(
     ("tenant", "roles", "what"),
     [("", ["generate"], "tenant"), ("a/b", ["generate"], "tenant"), ("a", [], "roles"), ("a", ["root"], "roles")],
