@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRA ?= cpu
+# Quick tests wait more than they compute. The slow ones start clusters, and have the cores for themselves.
+WORKERS ?= 3
 UV_VERSION := 0.13.9
 STAMP := $(VENV)/.installed-$(EXTRA)
 
@@ -30,10 +32,11 @@ demo: install    ## ask a real model three questions, kill one of its expert act
 	$(BIN)/folkmoot demo
 
 test: install    ## every test; about half an hour on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS)
+	$(BIN)/python -m pytest -m slow
 
 quick-test: install  ## the tests that do not load a model
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS)
 
 check: install   ## lint, format, types, import walls
 	$(BIN)/ruff check .
