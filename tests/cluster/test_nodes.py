@@ -173,7 +173,8 @@ def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, N
     ray_start(one, "--head", "--port", "6379", "--num-cpus", "1", "--include-dashboard", "false")
     ray_start(two, "--address", HEAD, "--num-cpus", "1")
     command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
-    command += ["--model", str(mixtral), "--address", HEAD, "--listen", GATEWAY, "--hosts", "4", "--replicas", "2"]
+    command += ["--model", str(mixtral), "--address", HEAD, "--hosts", "4", "--replicas", "2"]
+    command += ["--listen", GATEWAY, "--insecure"]
     one.run(*command, "--cpus-per-host", "0.4", *FLOAT32, timeout_s=240.0)
     status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
     of_node: dict[str, set[int]] = {}
