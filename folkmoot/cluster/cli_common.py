@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.state_file import StateFolder
@@ -43,7 +44,7 @@ class Failure(click.ClickException):
     """An error that is shown as one paragraph, without a traceback; exit code 1."""
 
     def show(self, file: Any = None) -> None:
-        errors.print(f"[bold red]error:[/] {self.message}", markup=True)
+        errors.print(f"[bold red]error:[/] {escape(self.message)}", markup=True)
 
 
 def name_options(command: F) -> F:

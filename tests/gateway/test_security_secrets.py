@@ -90,7 +90,7 @@ URLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", URLS, ids=range(len(URLS)))
 def test_an_url_that_cannot_be_read_is_not_shown(url: str) -> None:
     with pytest.raises(StoreUrlError) as refused:
         Store(url)
