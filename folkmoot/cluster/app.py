@@ -20,7 +20,8 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from folkmoot.cluster import ray_runtime
-from folkmoot.cluster.cli import up
+from folkmoot.cluster.cli_common import Span
+from folkmoot.cluster.cli_up import up
 from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.gateway.settings import GatewaySettings
@@ -31,8 +32,6 @@ POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
 NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
-LEAST = {"engines": 0, "most_engines": 1, "hosts": 1, "most_hosts": 1}
-"""Limits that the command line has in the form of these options there, MIN..MAX."""
 OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret"})
 """Fields of a spec that each cluster has for itself."""
 
@@ -63,16 +62,13 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
         raise ValueError(f"unknown arguments: {', '.join(unknown)}; known ones: {', '.join(sorted(argument_names()))}")
     options: AppOptions = TypeAdapter(AppOptions).validate_python(arguments)
     for option in up.params:
-        has_limits = isinstance(option.type, click.Choice | click.IntRange | click.FloatRange)
+        has_limits = isinstance(option.type, click.Choice | click.IntRange | click.FloatRange | Span)
         if has_limits and option.name in arguments:
+            most = arguments.get(f"most_{option.name}")
             try:
-                option.type(arguments[option.name], option)
+                option.type(arguments[option.name] if most is None else f"{arguments[option.name]}..{most}", option)
             except click.BadParameter as e:
                 raise ValueError(f"{option.name}: {e.message}") from e
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}: {value} is not in the range x>={least}")
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
     return options

@@ -17,10 +17,13 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class _Span(click.ParamType[Limits]):
-    """ "3", or "0..4"."""
+class Span(click.ParamType[Limits]):
+    """ "3", or "0..4": no less than `floor`."""
 
     name = "N|MIN..MAX"
+
+    def __init__(self, floor: int) -> None:
+        self._floor = floor
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Limits:
         """As limits: alike for a single number."""
@@ -30,12 +33,14 @@ class _Span(click.ParamType[Limits]):
         if not (least.isdecimal() and (most or least).isdecimal()) or str(value).endswith(".."):
             self.fail(f"{value!r} is neither a number nor MIN..MAX, such as 2 or 0..4", param, ctx)
         limits = Limits(int(least), int(most or least))
+        if limits.least < self._floor:
+            self.fail(f"{limits.least} is not in the range x>={self._floor}", param, ctx)
         if not limits.least <= limits.most or limits.most < 1:
             self.fail(f"{value!r}: the most must be at least 1, and no less than the least", param, ctx)
         return limits
 
 
-SPAN = _Span()
+SPAN, HOSTS = Span(0), Span(1)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from folkmoot.cluster.cli_common import F, Failure, console, errors, name_options
-from folkmoot.cluster.launch import store_namespace
+from folkmoot.cluster.spec import namespace_of
 from folkmoot.cluster.state_file import StateFolder
 from folkmoot.gateway.api_keys import FRESH_S, ROLES, ApiKey, KeyChanged, KeyStore, UnknownKey
 from folkmoot.gateway.errors import StoreError
@@ -198,7 +198,7 @@ def _in_store(
     """Run `work` on the keys of the chosen store, with errors as one paragraph."""
 
     async def run(url: str) -> T:
-        store = Store(url, namespace or store_namespace(name))
+        store = Store(url, namespace or namespace_of(name))
         try:
             return await work(KeyStore(store))
         finally:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
-from folkmoot.cluster.spec import ClusterSpec
+from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.wish import first_wish
 from folkmoot.gateway.embedded import EmbeddedStore
@@ -223,7 +223,7 @@ class Supervisor:
         alone = self.options.address is None  # then a unix socket is enough
         self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
         self._store.start()
-        asyncio.run(_forget_models(self._store.url, store_namespace(self.options.name)))
+        asyncio.run(_forget_models(self._store.url, namespace_of(self.options.name)))
         self._update(store=self._store.url)
         return self._store.url if alone else self._store.tcp_url
 
@@ -309,7 +309,7 @@ def make_spec(
         moe_layers=shape.moe_layers,
         num_experts=shape.num_experts,
         redis=redis,
-        store_namespace=store_namespace(options.name),
+        store_namespace=namespace_of(options.name),
         run_dir=run_dir,
         log_dir=log_dir,
         hosts=hosts,
@@ -379,11 +379,6 @@ def _leave(failure: str | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if failure else 0)
-
-
-def store_namespace(name: str) -> str:
-    """Prefix of the keys in the request store of the cluster of this name."""
-    return "folkmoot" if name == "default" else f"folkmoot-{name}"
 
 
 def check_guarded(options: UpOptions) -> None:

@@ -127,7 +127,7 @@ class ClusterSpec:
 
 
 def namespace_of(name: str) -> str:
-    """Ray namespace of the cluster of this name."""
+    """Of the cluster of this name: its Ray namespace, and the prefix of its keys in the request store."""
     return "folkmoot" if name == "default" else f"folkmoot-{name}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from folkmoot.cluster import bench, cli, status_view
+from folkmoot.cluster import bench, cli_up, status_view
 from folkmoot.cluster.cli import main
 from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
@@ -224,13 +224,13 @@ def test_an_open_address_without_keys_is_refused_before_anything_starts(no_clust
     ],
 )
 def test_up_says_who_may_call(options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._say_who_may_call(UpOptions("demo", **options))
+    cli_up._say_who_may_call(UpOptions("demo", **options))
     assert words in capsys.readouterr().out
 
 
 def test_the_stores_url_is_not_handed_on_in_the_command_line() -> None:
     words = ["up", "--redis", "redis://:hunter2@store", "--model", "demo", "--redis=redis://:hunter2@other"]
-    assert cli.without_redis(words) == ["up", "--model", "demo"]
+    assert cli_up.without_redis(words) == ["up", "--model", "demo"]
     assert "hunter2" not in repr(UpOptions("demo", redis="redis://:hunter2@store"))
 
 
