@@ -96,6 +96,15 @@ class Control:
             raise WarmParentError("a control message must be a JSON object")
         return message
 
+    def is_left(self) -> bool:
+        """Whether the peer has closed its end, and all that it said has been read."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def hang_up(self) -> None:
         """Close this process's end; where another one has the channel too, it stays open."""
         self._sock.close()
@@ -208,7 +217,8 @@ def start(
     with open(log_path, "ab") as out:
         command = [sys.executable, "-m", "folkmoot.experts.warm", "--socket", str(socket_path), "--with-parent"]
         command += [word for name in modules for word in ("--import", name)]
-        variables = {**environment, **os.environ}
+        # A title that a child gives itself shall not be written over what /proc says of its environment.
+        variables = {"SPT_NOENV": "1", **environment, **os.environ}
         return subprocess.Popen(
             command, env=variables, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
         )
@@ -321,6 +331,8 @@ def _answer(control: Control, not_for_child: Iterable[Any], memory: dict[str, in
     except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
         with contextlib.suppress(OSError):
             control.send({"error": f"bad request: {e!r}"})
+        return True
+    if control.is_left():  # it has given up waiting for us, and may have gone elsewhere for the same
         return True
     if (pid := os.fork()) != 0:
         log.info("forked %d for %s", pid, entry)

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -27,6 +29,17 @@ def kill(*pids: int) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: not any(map(is_alive, pids)), 5.0, f"{pids} died")
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that does not run for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGCONT)
 
 
 def tokens_with_kill(client: Client, pids: list[int], after: int = 40, max_tokens: int = 120) -> list[int]:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 
 from folkmoot.cluster.processes import descendants, is_alive
 from folkmoot.gateway.client import Chunk, ServerError
+from tests.cluster.changes import stopped
 from tests.cluster.conftest import Cluster, eventually, processes_of, temp_of
 
 pytestmark = pytest.mark.slow
@@ -104,17 +104,6 @@ def ready_engines(cluster: Cluster) -> dict[str, dict[str, Any]]:
 def two_engines(cluster: Cluster) -> dict[str, dict[str, Any]]:
     """Wait until both engines serve (those that died have successors)."""
     return eventually(lambda: found if len(found := ready_engines(cluster)) == 2 else None, 90.0, "two engines")  # type: ignore[no-any-return]
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """A process that does not run for a while."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        if is_alive(pid):
-            os.kill(pid, signal.SIGCONT)
 
 
 def all_on_one(cluster: Cluster, options: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any], list[Answer]]:

@@ -19,10 +19,11 @@ from tests.cluster.changes import (
     kill,
     kill_router,
     ray_pid,
+    stopped,
     tokens,
     tokens_with_kill,
 )
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, running
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, running
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +124,44 @@ def test_the_status_of_a_healed_cluster_reads_well(fragile: Cluster, victim: dic
     assert document["models"][0]["ready_engines"] == 1
     assert "1 of 1 engines can serve" in fragile.run("status").stdout
     assert victim["host"] in fragile.run("status").stdout
+
+
+def test_the_next_life_is_forked_from_the_template_and_without_it_from_the_warm_parent(fragile: Cluster) -> None:
+    eventually(lambda: is_healed(fragile), 90.0, "healed")
+    first = min(fragile.status()["hosts"], key=lambda h: int(h["failures"]))
+    template = eventually(lambda: loaded_template(fragile, first["host"]), 60.0, "its template has loaded")
+    kill(first["pid"])
+    second = next_life(fragile, first)
+    assert parent_of(second["pid"]) == template
+    with stopped(template):
+        kill(second["pid"])
+        third = next_life(fragile, second)
+        assert parent_of(third["pid"]) != template
+    kill(template)
+    assert eventually(lambda: loaded_template(fragile, first["host"]), 60.0, "another template") != template
+    assert next_life(fragile, second) == host(fragile, first["host"]), "the host itself lived on"
+
+
+def next_life(cluster: Cluster, before: dict[str, Any]) -> dict[str, Any]:
+    """What the status says of the life that came after this one, once it serves."""
+
+    def found() -> dict[str, Any] | None:
+        now = host(cluster, before["host"])
+        return now if now.get("alive") and now["pid"] != before["pid"] and is_healed(cluster) else None
+
+    return eventually(found, 60.0, f"{before['host']} lives again")  # type: ignore[no-any-return]
+
+
+def loaded_template(cluster: Cluster, name: str) -> int | None:
+    """The process from which this host's lives are forked, once it takes requests; it is then alone in its process."""
+    title = f"folkmoot::HostTemplate {name}"
+    pids = [pid for pid, command in processes_of(cluster.marker).items() if command.startswith(title)]
+    sockets = Path("/proc/net/unix").read_text()
+    return pids[0] if pids and f"/{name}.0.sock" in sockets else None
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def answer(cluster: Cluster) -> list[int]:

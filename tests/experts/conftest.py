@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from folkmoot.experts import warm
+from folkmoot.experts.dispatcher import Dispatcher
 from tests.experts.hosts import Hosts
+from tests.experts.test_dispatcher import dispatcher
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,22 @@ def hosts(plain_parent: warm.WarmParent) -> Iterator[Hosts]:
         started = Hosts(Path(name), plain_parent)
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def target(plain_parent: warm.WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """One host with every expert, for strangers to speak to."""
+    hosts = Hosts(Path(tmp_path_factory.mktemp("target")), plain_parent)
+    hosts.start("a", hosts.all_layers(range(8)))
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(scope="module")
+def healthy(target: Hosts) -> Iterator[Dispatcher]:
+    """An engine that was there before, and stays."""
+    d = dispatcher(target)
+    yield d
+    assert target.children["a"].is_alive()
+    assert d._dead == set()
+    d.close()

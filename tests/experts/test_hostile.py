@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,24 +35,6 @@ EXAMPLES = int(os.environ.get("FOLKMOOT_FUZZ", "60"))
 fuzz = settings(deadline=None, max_examples=EXAMPLES)
 MAX_ROWS = 64
 SIZES = wire.sizes(HIDDEN, 2, MAX_ROWS)
-
-
-@pytest.fixture(scope="module")
-def target(plain_parent: warm.WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    hosts = Hosts(Path(tmp_path_factory.mktemp("hostile")), plain_parent)
-    hosts.start("a", hosts.all_layers(range(8)))
-    yield hosts
-    hosts.close()
-
-
-@pytest.fixture(scope="module")
-def healthy(target: Hosts) -> Iterator[Dispatcher]:
-    """An engine that was there before, and stays."""
-    d = dispatcher(target)
-    yield d
-    assert target.children["a"].is_alive()
-    assert d._dead == set()
-    d.close()
 
 
 def is_served(d: Dispatcher, seed: int = 0) -> None:

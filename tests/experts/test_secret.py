@@ -22,26 +22,11 @@ from folkmoot.experts.expert_map import NoReplicaError
 from folkmoot.experts.secret import SecretError
 from folkmoot.experts.wire import Hello, WireError
 from tests.experts.hosts import Hosts
-from tests.experts.test_dispatcher import batch, dispatcher
+from tests.experts.test_dispatcher import batch
 from tests.experts.test_hostile import EvilHost, connect, hello_to, is_cut_off, is_served, segment, with_evil
 
 HELLO = Hello("engine", 1, "a", 2, "tcp", 64, "bfloat16", 8, 2)
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def target(plain_parent: warm.WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    hosts = Hosts(Path(tmp_path_factory.mktemp("secret")), plain_parent)
-    hosts.start("a", hosts.all_layers(range(8)))
-    yield hosts
-    hosts.close()
-
-
-@pytest.fixture(scope="module")
-def healthy(target: Hosts) -> Iterator[Dispatcher]:
-    d = dispatcher(target)
-    yield d
-    d.close()
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])

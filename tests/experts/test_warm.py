@@ -96,6 +96,21 @@ def test_nonsense_is_refused_and_harmless(plain_parent: WarmParent, line: bytes)
         assert "error" in json.loads(sock.makefile().readline())
 
 
+def test_who_has_given_up_gets_no_child(short_dir: Path, tmp_path: Path) -> None:
+    """It may have turned to another parent, whose child has the place that this one would take."""
+    with warm.start(short_dir / "slow.sock", tmp_path / "warm.log", modules=["tests.experts.entries"]) as process:
+        parent = warm.connect(short_dir / "slow.sock", 30)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(WarmParentError, match=r"no answer within 0\.3 s"):
+            parent.spawn("tests.experts.entries:sleep", {}, tmp_path / "late", 0.3)
+        process.send_signal(signal.SIGCONT)
+        child = parent.spawn("tests.experts.entries:sleep", {}, tmp_path / "log")
+        assert child.receive(10) == {"event": "ready"}
+        child.close()
+        process.terminate()
+    assert (tmp_path / "warm.log").read_text().count("forked") == 1
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     with pytest.raises(WarmParentError, match="no warm parent listens"):
         warm.connect(tmp_path / "none.sock", 0.1)
