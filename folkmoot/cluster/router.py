@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 LOOK_EVERY_S = 2.0
 STATUS_EVERY_S = 1.0
+DEPLOY_EVERY_S = 1.0
 STATUS_PAUSE_S = 0.1
 STATUS_TTL_S = 10.0
 QUIET = (Tick, SlotsSeen, MapSeen, EngineReported, HostLoad)
@@ -256,10 +257,7 @@ class ExpertRouter:
                     self._engines_deployed = wanted
                 except Exception:
                     log.exception("Serve did not take %s engines of version %s", *wanted)
-            await asyncio.sleep(STATUS_PAUSE_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
-                    await self._changed.wait()
+            await asyncio.sleep(DEPLOY_EVERY_S)
 
     async def _publish_status(self) -> None:
         """Where this cluster is in charge: write the status document where gateways find it, at every new map, and once
@@ -273,4 +271,7 @@ class ExpertRouter:
                     await queue.set_cluster_status(text, STATUS_TTL_S)
             except StoreError as e:
                 log.warning("the status could not be written: %s", e)
-            await asyncio.sleep(STATUS_EVERY_S)
+            await asyncio.sleep(STATUS_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
+                    await self._changed.wait()

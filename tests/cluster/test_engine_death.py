@@ -74,7 +74,7 @@ class Answer:
     @property
     def logprobs(self) -> list[tuple[int, float]]:
         entries = [entry for chunk in self.chunks for entry in chunk.logprobs]
-        return [(one.token_id, round(one.logprob, 3)) for entry in entries for one in entry]
+        return [(one.token_id, one.logprob) for entry in entries for one in entry]
 
 
 def ask(cluster: Cluster, options: dict[str, Any], token_ids: list[int] | None = None) -> Answer:
@@ -106,13 +106,15 @@ def two_engines(cluster: Cluster) -> dict[str, dict[str, Any]]:
     return eventually(lambda: found if len(found := ready_engines(cluster)) == 2 else None, 90.0, "two engines")  # type: ignore[no-any-return]
 
 
-def all_on_one(cluster: Cluster, options: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any], list[Answer]]:
-    """Requests that all run on the first engine, each with some tokens; that engine, and the other one."""
+def all_on_one(
+    cluster: Cluster, options: list[dict[str, Any]], least: int = 40
+) -> tuple[dict[str, Any], dict[str, Any], list[Answer]]:
+    """Requests that all run on the first engine, each with so many tokens; that engine, and the other one."""
     for _ in range(5):  # the other one may have had its hand out already when it was stopped
         victim, other = two_engines(cluster).values()
         with stopped(other["pid"]):
             answers = [ask(cluster, one) for one in options]
-            eventually(lambda: all(len(a.tokens) >= 40 for a in answers), 60.0, "every answer has begun")  # noqa: B023
+            eventually(lambda: all(len(a.tokens) >= least for a in answers), 60.0, "every answer has begun")  # noqa: B023
         with cluster.client() as client:
             if {client.request(a.request_id).engine for a in answers} == {victim["engine"]}:
                 return victim, other, answers
@@ -152,7 +154,9 @@ def assert_same(answers: dict[str, Answer], undisturbed: dict[str, Answer]) -> N
         expected = undisturbed[name]
         assert answer.tokens == expected.tokens, name
         assert answer.text == expected.text, name
-        assert answer.logprobs == expected.logprobs, name
+        assert [token for token, _ in answer.logprobs] == [token for token, _ in expected.logprobs], name
+        values = [value for _, value in expected.logprobs]  # a prefill's are not a decode's to the last bit
+        assert [value for _, value in answer.logprobs] == pytest.approx(values, abs=1e-3), name
         last, other = answer.chunks[-1], expected.chunks[-1]
         assert (last.finish_reason, last.stop_reason) == (other.finish_reason, other.stop_reason)
         assert (last.prompt_tokens, last.completion_tokens) == (other.prompt_tokens, other.completion_tokens)
@@ -207,7 +211,8 @@ def test_an_engine_that_is_told_to_stop_loses_nothing(
     cluster: Cluster, undisturbed: dict[str, Answer], is_stuck: bool
 ) -> None:
     """It finishes what it can within its grace period; what it cannot goes to the other, and counts as no attempt."""
-    leaving, other, begun = all_on_one(cluster, list(OPTIONS.values()))
+    # The shortest answer has some hundred tokens; what is left then takes a small part of the grace period.
+    leaving, other, begun = all_on_one(cluster, list(OPTIONS.values()), least=40 if is_stuck else 100)
     if is_stuck:
         os.kill(core_of(leaving), signal.SIGSTOP)
     os.kill(leaving["pid"], signal.SIGTERM)
@@ -277,7 +282,9 @@ def dead_letters(cluster: Cluster) -> list[tuple[str, str]]:
 
 def test_everything_is_killed_and_started_again(no_cluster: Cluster, mixtral: Path) -> None:
     """As a power cut does it: the queue is found, and a client that knows its request gets the whole answer."""
-    options = {"greedy": OPTIONS["greedy"], "seeded": OPTIONS["seeded"], "waits": OPTIONS["penalties"]}
+    chosen = {"greedy": "greedy", "seeded": "seeded", "waits": "penalties"}
+    # Long enough to be under way still once all processes are found.
+    options = {name: {**OPTIONS[kind], "max_tokens": 2 * LENGTH} for name, kind in chosen.items()}
     arguments = ("--model", str(mixtral), *ARGUMENTS[:-2], "--max-num-seqs", "2")
     no_cluster.up(*arguments)
     undisturbed = {name: ask(no_cluster, one) for name, one in options.items()}
@@ -292,7 +299,7 @@ def test_everything_is_killed_and_started_again(no_cluster: Cluster, mixtral: Pa
             os.kill(pid, signal.SIGKILL)
     assert len(everything) > 8
     eventually(lambda: not processes_of(no_cluster.marker), 20.0, "nothing is left")
-    assert all(len(a.tokens) < LENGTH for a in begun.values()), "killed in the middle"
+    assert all(len(a.tokens) < 2 * LENGTH for a in begun.values()), "killed in the middle"
     no_cluster.up(*arguments)
     try:
         with no_cluster.client() as client, ThreadPoolExecutor() as pool:

@@ -123,7 +123,7 @@ def engines(cluster: Cluster) -> set[int]:
 def test_engines_come_and_go_and_are_rolled(elastic: Cluster) -> None:
     before = engines(elastic)
     change(elastic, "scale", "engines", "2")
-    assert len(engines(elastic)) == 2 and engines(elastic) > before
+    eventually(lambda: len(engines(elastic)) == 2 and engines(elastic) > before, 5.0, "the status says so too")
     change(elastic, "scale", "engines", "1")
     eventually(lambda: len(engines(elastic)) == 1, 10.0, "one engine")
     (kept,) = engines(elastic)
