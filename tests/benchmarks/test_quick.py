@@ -20,6 +20,7 @@ KEYS = {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
     },
+    "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
     "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
@@ -30,6 +31,7 @@ MUST_BE_ZERO = {
     "batch": ("missing", "doubled", "different"),
     "exactness": ("max_abs_dlogit_placement", "max_abs_dlogprob_vs_vllm_top1_bf16"),
     "failover": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
+    "chaos": ("violations", "leaks"),
     "lanes": ("requests_failed", "tokens_lost_or_doubled", "tokens_different"),
     "autoscale": ("deadline_misses", "leased_work_killed", "tokens_different"),
 }
@@ -50,6 +52,8 @@ def test_quick_preset(name: str, tmp_path: Path) -> None:
     for key in KEYS[name]:
         assert figures[key] >= 0
     assert {key: figures[key] for key in MUST_BE_ZERO.get(name, ())} == dict.fromkeys(MUST_BE_ZERO.get(name, ()), 0)
+    if name == "chaos":
+        assert figures["faults"] == figures["faults_planned"] and figures["requests"] > figures["faults"]
     if name == "autoscale":
         assert figures["engine_hours_over_oracle"] < 1.2 and figures["engine_hours_over_fixed_fleet"] < 1
         assert figures["engines_most"] == 2 and figures["engines_taken_with_work"] >= 1, "the fault has happened"
