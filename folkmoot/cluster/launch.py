@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 TEND_EVERY_S = 1.0
+MOST_STORE_PAUSE_S = 16.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
@@ -125,6 +126,7 @@ class Supervisor:
         self._run_dir: Path | None = None
         self._warm: subprocess.Popen[bytes] | None = None
         self._store: EmbeddedStore | None = None
+        self._store_at_s, self._store_pause_s = 0.0, TEND_EVERY_S
         self._gateway: subprocess.Popen[bytes] | None = None
         self._gateway_address: str | None = None
         self._router: Any = None
@@ -142,11 +144,11 @@ class Supervisor:
         self.folder.acquire()
         self._acquired = True
         processes.adopt_orphans()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
+        self._start_warm_parent()  # what takes longest comes first
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
-        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before anything is started
-        self._start_warm_parent()
+        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
         self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), **files)
         self._start_gateway(self.spec)
@@ -171,20 +173,34 @@ class Supervisor:
         return self._state
 
     def watch(self) -> None:
-        """Tend to the parts that Ray does not watch, for ever. Raises StartError if one cannot be brought back."""
+        """Tend to the parts that Ray does not watch, for ever."""
         while True:
             time.sleep(TEND_EVERY_S)
+            self.tend()
+
+    def tend(self) -> None:
+        """Bring back what has died of the parts that Ray does not watch."""
+        if self._warm is not None and self._warm.poll() is not None:
+            self._report("the warm parent died; starting another one")
+            self._start_warm_parent()
+        if self._gateway is not None and self._gateway.poll() is not None:
             assert self.spec is not None
-            if self._warm is not None and self._warm.poll() is not None:
-                self._report("the warm parent died; starting another one")
-                self._start_warm_parent()
-            if self._gateway is not None and self._gateway.poll() is not None:
-                self._report("the gateway died; starting another one")
-                self._start_gateway(self.spec, self._gateway_address)
-            if self._store is not None and self._store.pid is None:
-                self._report("the request store died; starting it again")
-                self._store.start()
-            processes.reap_orphans()  # what a dead warm parent had forked is ours now
+            self._report("the gateway died; starting another one")
+            self._start_gateway(self.spec, self._gateway_address)
+        if self._store is not None and self._store.pid is None and time.monotonic() >= self._store_at_s:
+            self._start_store_again(self._store)
+        processes.reap_orphans()  # what a dead warm parent had forked is ours now
+
+    def _start_store_again(self, store: EmbeddedStore) -> None:
+        """Also where that fails nothing else ends: engines keep what they owe until it is back."""
+        self._report("the request store died; starting it again")
+        try:
+            store.start()
+            self._store_pause_s = TEND_EVERY_S
+        except (RuntimeError, OSError) as e:
+            self._store_at_s = time.monotonic() + self._store_pause_s
+            self._report(f"next attempt in {self._store_pause_s:.0f} s: {e}")
+            self._store_pause_s = min(2 * self._store_pause_s, MOST_STORE_PAUSE_S)
 
     def stop(self, failure: str | None = None) -> None:
         """End everything that was started, in any state of the start, and leave no process behind."""
