@@ -40,7 +40,7 @@ def observed(handler: Any, method: str) -> Any:
             outcome = "CANCELLED"
             raise
         except BaseException:
-            outcome = CODES[context.code()].name if context.code() else "UNKNOWN"
+            outcome = context.code().name if context.code() else "UNKNOWN"  # what it was aborted with, if it was
             raise
         finally:
             _end(span, outcome, why(context.trailing_metadata() or ()))
@@ -63,8 +63,8 @@ def why(trailing: Iterable[tuple[str, str | bytes]]) -> str:
         for detail in status_pb2.Status.FromString(value).details:
             for info in known:
                 detail.Unpack(info)
-        fields = [violation.field for violation in known[1].field_violations]
-        return known[0].reason or ", ".join(fields[:MAX_FIELDS])
+        fields = dict.fromkeys(violation.field.partition("[")[0] for violation in known[1].field_violations)
+        return known[0].reason or ", ".join(list(fields)[:MAX_FIELDS])
     return ""
 
 
