@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,11 +51,10 @@ def set_up(part: str, **fields: Any) -> None:
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # read when vLLM is imported: its lines then come here
 
 
-def export(log_format: str | None, level: str | None) -> None:
-    """Have this process, once it is set up, and all that it starts log so; None: as the environment has it."""
-    for variable, value in ((FORMAT_VARIABLE, log_format), (LEVEL_VARIABLE, level)):
-        if value is not None:
-            os.environ[variable] = value
+def variables(log_format: str | None, level: str | None) -> dict[str, str]:
+    """What has a process log so, in its environment; None: as it would anyway."""
+    given = {FORMAT_VARIABLE: log_format, LEVEL_VARIABLE: level}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def bind(**fields: Any) -> None:
@@ -108,6 +108,12 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def frames_of(error: BaseException) -> str:
+    """An exception's kind and where it came from, without its message, which may quote what a client sent."""
+    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    return f"{type(error).__name__}\n{frames}"
 
 
 class Bounded(logging.Filter):

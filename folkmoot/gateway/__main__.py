@@ -69,7 +69,7 @@ def main() -> None:
     """Command line."""
     parser = _parser()
     options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    logs.export(options.pop("log_format", None), options.pop("log_level", None))
+    os.environ.update(logs.variables(options.pop("log_format", None), options.pop("log_level", None)))
     try:
         logs.set_up("gateway")
     except ValueError as e:

@@ -48,6 +48,10 @@ class Recorder:
         )
         return MadeSpan(made)
 
+    def share(self) -> None:
+        """Be the tracer that libraries find."""
+        trace.set_tracer_provider(self.provider)
+
     def shut_down(self) -> None:
         """Send what there is."""
         ending = threading.Thread(target=self.provider.shutdown, name="last-spans", daemon=True)

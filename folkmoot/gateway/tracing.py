@@ -157,6 +157,17 @@ def start(service: str, instance: str = "") -> bool:
     return _recorder is not None
 
 
+def is_on() -> bool:
+    """Whether this process makes spans."""
+    return _recorder is not None
+
+
+def share() -> None:
+    """Have libraries of this process that make spans, by OpenTelemetry's global tracer, send them as we do."""
+    if _recorder is not None:
+        _recorder.share()
+
+
 def stop() -> None:
     """Send what there is, for a few seconds at most, and make no spans any more."""
     global _recorder
