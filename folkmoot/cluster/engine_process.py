@@ -109,8 +109,8 @@ class MapState:
         self, on_host_lost: Callable[[dict[str, Any]], None], end_requests: Callable[[str], Coroutine[Any, Any, int]]
     ) -> None:
         """From now on, on the event loop that calls this: on_host_lost(event) when the dispatcher drops a host, and
-        end_requests(reason) when it has waited in vain for an expert's replica; it waits until that has ended, and hears
-        its result."""
+        end_requests(reason) when it has waited in vain for an expert's replica; it waits until that has ended, and
+        hears its result."""
         self._on_host_lost, self._end_requests = on_host_lost, end_requests
         self._loop = asyncio.get_running_loop()
 

@@ -79,6 +79,7 @@ class ExpertActor:
         logs.set_up("expert-actor", host=host)
         child = await self._fork_life(self._host_spec(host, incarnation, columns, threads), columns, threads)
         loop = asyncio.get_running_loop()
+        log.info("process %d is incarnation %d", child.pid, incarnation)
         forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
         process = _Process(forked, child, threads, loop.create_future(), loop.create_future())
         self._processes[incarnation] = process

@@ -22,7 +22,7 @@ from folkmoot.gateway.queue import LANE_OF, ModelRecord, RequestQueue, Submissio
 from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.tenancy import caller
-from folkmoot.gateway.validate import InvalidRequest, check, check_id, choose_model, estimate_tokens
+from folkmoot.gateway.validate import REQUEST_ID, InvalidRequest, check, check_id, choose_model, estimate_tokens
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     async def _accept(self, request: pb.GenerateRequest, call_remaining_s: float | None) -> Submission:
         """Validated, with id, cost and budget of time. Raises InvalidRequest, OtherTenant, StoreError."""
         who = caller()
+        if REQUEST_ID.fullmatch(request.request_id):
+            logs.bind(request_id=request.request_id)
         if who.tenant and request.tenant not in ("", who.tenant):
             raise OtherTenant
         request.tenant = who.tenant or request.tenant
