@@ -298,7 +298,7 @@ async def _report(control: Control, generator: Any) -> None:
     """Once a second, if anything has changed: what this engine has done."""
     last: dict[str, Any] = {}
     while True:
-        now = asdict(generator.counters)
+        now = {**asdict(generator.counters), **generator.latencies.document()}
         if now != last:
             control.send({"event": "load", **now})
             last = now

@@ -14,6 +14,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from folkmoot import logs
+from folkmoot.cluster.latencies import Latencies
 from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer
 from folkmoot.gateway import tracing
 from folkmoot.gateway.errors import StoreError, public
@@ -66,6 +67,7 @@ class Generator:
         self._is_sound.set()
         self._resetting: asyncio.Task[None] | None = None
         self.counters = Counters()
+        self.latencies = Latencies()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
         """The lease ended elsewhere (cancelled, deadline, taken over): drop the request."""
@@ -190,6 +192,7 @@ class Generator:
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         await self._is_sound.wait()
+        tell = self.latencies.of_request(lease)
         done, held = lease.offset, pb.GenerateResponse()
         least = UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH else 1  # a journal entry needs a token
         request_id = f"{lease.request_id}/{lease.epoch}"
@@ -215,6 +218,7 @@ class Generator:
                 held.usage.completion_tokens = done
             if not holder.write(lease, held):
                 return
+            tell()
             held = pb.GenerateResponse()
 
 
