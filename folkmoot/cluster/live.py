@@ -22,14 +22,22 @@ Wait = Callable[[float], bool]
 def watch(console: Console, every_s: float, frame: Callable[[], RenderableType]) -> None:
     """Show `frame()` every `every_s` seconds until q, Ctrl-C or SIGTERM. Whatever it raises ends it, too; the terminal
     is left as it was found."""
+    if not console.is_terminal:
+        repeat(every_s, lambda: console.print(frame()))
+        return
     interrupts.raise_on_signals()
-    try:
-        if console.is_terminal:
-            _redraw(console, every_s, frame)
-        else:
-            _print(console, every_s, frame)
-    except interrupts.Interrupted:
-        pass
+    with contextlib.suppress(interrupts.Interrupted):
+        _redraw(console, every_s, frame)
+
+
+def repeat(every_s: float, work: Callable[[], None]) -> None:
+    """Do it every `every_s` seconds until Ctrl-C or SIGTERM, or until nobody reads what it prints."""
+    interrupts.raise_on_signals()
+    with contextlib.suppress(interrupts.Interrupted, BrokenPipeError):
+        while True:
+            work()
+            sys.stdout.flush()
+            time.sleep(every_s)
 
 
 def _redraw(console: Console, every_s: float, frame: Callable[[], RenderableType]) -> None:
@@ -37,13 +45,6 @@ def _redraw(console: Console, every_s: float, frame: Callable[[], RenderableType
     with _keys() as wait, Live(first, console=console, screen=True, auto_refresh=False) as live:
         while not wait(every_s):
             live.update(frame(), refresh=True)
-
-
-def _print(console: Console, every_s: float, frame: Callable[[], RenderableType]) -> None:
-    while True:
-        console.print(frame())
-        sys.stdout.flush()
-        time.sleep(every_s)
 
 
 @contextlib.contextmanager
