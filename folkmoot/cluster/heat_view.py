@@ -73,7 +73,7 @@ def heat_map(
         hottest = int(part.max(axis=0).argmax())
         text = Text(_layers(layers[first : first + how.layers]).ljust(LABEL))
         text.append_text(_line(line / span, how.cells_a_column, is_coloured=is_coloured))
-        text.append(f"  {part.max():5.2f}x  e{hottest}" if part.any() else "  -")
+        text.append(f"  {part.max():6.2f}x  e{hottest}" if part.any() else "  -")
         drawn.append(text)
     return [*drawn, _legend(how, span, is_coloured=is_coloured)]
 

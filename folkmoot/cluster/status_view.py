@@ -138,6 +138,7 @@ def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts", speed:
     """One line a host: where it is, what it holds, what it has served."""
     header = ("host", "state", "pid", "actor", "experts", "MiB", "calls", "rows", "busy s")
     table = Table(*header, *(() if speed is None else ("rows/s",)), title=title)
+    table.columns[0].no_wrap = True
     for h in hosts:
         state = f"[green]{h['phase']}[/]" if h["alive"] else f"[red]{h['phase']}[/]"
         numbers = [str(n) for n in (h["bytes"] >> 20, h["requests"], h["rows"], h["busy_s"])]
@@ -186,8 +187,9 @@ def _scaling_line(facts: dict[str, Any]) -> str:
 
 def _engines_table(engines: list[dict[str, Any]], speed: Rates | None = None) -> Table:
     header = ["engine", "state", "pid", "running", "requests", "prompt tokens", "generated tokens"]
-    header += ["first token ms", "between ms", *([] if speed is None else ["tokens/s"])]
-    table = Table(*header, title="engines (latencies of the last interactive requests: p50 / p99)")
+    header += ["TTFT ms", "ITL ms", *([] if speed is None else ["tokens/s"])]
+    table = Table(*header, title="engines; latencies of the last interactive requests, p50 / p99")
+    table.columns[0].no_wrap = True
     for e in engines:
         state = f"[green]{e['phase']}[/]" if e["phase"] == "ready" else f"[yellow]{e['phase']}[/]"
         counters = [str(e.get(name, 0)) for name in ("running", "requests", "prompt_tokens", "generated_tokens")]
