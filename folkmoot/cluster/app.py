@@ -32,7 +32,7 @@ POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
 NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
-OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret"})
+OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret", "environment"})
 """Fields of a spec that each cluster has for itself."""
 
 

@@ -16,6 +16,7 @@ from folkmoot.cluster.cli_common import (
     address_of,
     console,
     gateway_options,
+    watch_options,
 )
 from folkmoot.cluster.launch import StartError
 from folkmoot.cluster.placement import PlacementError
@@ -33,7 +34,7 @@ def main() -> None:
       folkmoot demo                         see it work, and survive the loss of an expert host
       folkmoot up --model demo              start a cluster here; Ctrl-C ends it
       folkmoot chat                         talk to it (in another terminal)
-      folkmoot status                       what runs where, and how loaded it is
+      folkmoot status --watch               what runs where, and how loaded it is
       folkmoot scale hosts 4                change it while it runs; also: replicas, engines
       folkmoot batch submit prompts.jsonl --wait     run a file of prompts
       folkmoot keys create --help           let others in, each with a key
@@ -62,24 +63,34 @@ def _sampling(command: F) -> F:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="the whole document, for programs")
+@click.option("--json", "as_json", is_flag=True, help="the whole document, for programs; with --watch one a line")
+@watch_options
 @gateway_options
-def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool) -> None:
+def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool, watch: bool, every_s: float) -> None:
     """Show engines, expert hosts, the expert map and the load.
+
+    With --watch it stays, and shows also what is done a second: tokens by each engine, rows by each host. q or Ctrl-C
+    leaves it. Where its output is no terminal, it prints one view below the other.
 
     \b
     Examples:
       folkmoot status
+      folkmoot status --watch --every 1
       folkmoot status --json | jq .map.version
     """
-    from folkmoot.cluster import status_view
+    from folkmoot.cluster import live, status_view
 
     with _client(gateway, name, state_dir) as client:
-        document = status_view.fetch(client)
-    if as_json:
-        click.echo(json.dumps(document, indent=2))
-    else:
-        status_view.show(console, document)
+        if not watch:
+            document = status_view.fetch(client)
+            if as_json:
+                click.echo(json.dumps(document, indent=2))
+            else:
+                status_view.show(console, document)
+        elif as_json:
+            live.repeat(every_s, lambda: click.echo(json.dumps(status_view.fetch(client))))
+        else:
+            live.watch(console, every_s, status_view.Watch(lambda: status_view.fetch(client)).frame)
 
 
 @main.command()

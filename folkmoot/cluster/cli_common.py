@@ -77,6 +77,14 @@ def gateway_options(command: F) -> F:
     return name_options(command)
 
 
+def watch_options(command: F) -> F:
+    """--watch and --every."""
+    every = click.option(
+        "--every", "every_s", type=click.FloatRange(0.2), default=2.0, show_default=True, help="seconds, with --watch"
+    )
+    return click.option("--watch", is_flag=True, help="stay, and show it again and again")(every(command))
+
+
 def _access_option(name: str, text: str) -> Callable[[F], F]:
     def keep(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
         context.meta[f"{__name__}.{parameter.name}"] = value

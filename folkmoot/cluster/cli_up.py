@@ -1,5 +1,6 @@
 """`folkmoot up` and `folkmoot down`."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from typing import Any
 
 import click
 
+from folkmoot import logs
 from folkmoot.cluster import interrupts
 from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_options, require_file
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from folkmoot.gateway.settings import is_local
+
+log = logging.getLogger(__name__)
 
 DETACH_POLL_S = 0.1
 DOWN_TIMEOUT_S = 60.0
@@ -213,6 +217,22 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
     metavar="K",
     help="most experts (of every layer) that fit on a host, also when it stands in for another  [default: all]",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default=UpOptions.log_format,
+    show_default=True,
+    envvar=logs.FORMAT_VARIABLE,
+    help="how the lines of all logs look; json: one object a line, for programs",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(logs.LEVELS),
+    default=UpOptions.log_level,
+    show_default=True,
+    envvar=logs.LEVEL_VARIABLE,
+    help="the least that is logged",
+)
 @click.option("--detach", is_flag=True, help="run in the background; return when it is ready")
 @click.option("--timings", is_flag=True, help="say when each part was ready")
 @name_options
@@ -248,19 +268,25 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
 
 def _run_foreground(options: UpOptions, timings: bool) -> None:
     """Start, say so, watch until a signal, and end everything, whatever happens."""
-    progress = _Progress()
+    os.environ.update(logs.variables(options.log_format, options.log_level))
+    if is_logged := options.log_format == "json":
+        logs.set_up("up")
+    progress = _Progress(is_logged)
     supervisor = Supervisor(options, progress.tell)
     failure: str | None = "it ended unexpectedly"
     interrupts.raise_on_signals()
     try:
         with progress:
             state = supervisor.start()
-        _print_ready(state, options, timings)
+        if is_logged:
+            log.info("ready: model %s, gateway %s", state.model, state.gateway)
+        else:
+            _print_ready(state, options, timings)
         failure = None
         supervisor.watch()
     except interrupts.Interrupted:
         failure = None
-        console.print("stopping")
+        progress.tell("stopping")
     except (StartError, AlreadyRunning, PlacementError, RuntimeError, OSError) as e:
         failure = str(e)
         raise Failure(str(e)) from e
@@ -342,11 +368,13 @@ def _say_who_may_call(options: UpOptions) -> None:
 
 
 class _Progress:
-    """A spinner with the elapsed time on a terminal; elsewhere a line a change, of percentages one in two seconds."""
+    """A spinner with the elapsed time on a terminal; elsewhere a line a change, of percentages one in two seconds, in
+    the log where `is_logged`."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_logged: bool = False) -> None:
         self._began = time.monotonic()
-        self._status = console.status("starting") if console.is_terminal else None
+        self._is_logged = is_logged
+        self._status = console.status("starting") if console.is_terminal and not is_logged else None
         self._active = False
         self._last, self._printed_at = "", 0.0
 
@@ -367,7 +395,10 @@ class _Progress:
             self._status.update(f"{elapsed}  {message}")
         elif message != self._last and ("%" not in message or time.monotonic() - self._printed_at > 2):
             self._printed_at = time.monotonic()
-            console.print(f"{elapsed}  {message}")
+            if self._is_logged:
+                log.info("%s", message)
+            else:
+                console.print(f"{elapsed}  {message}")
         self._last = message
 
 

@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from folkmoot.cluster import environment
 from folkmoot.cluster.engine_process import give_back
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.router_events import EngineReported, HostDied
@@ -53,6 +54,7 @@ class Engine:
     async def __init__(self, spec: ClusterSpec, version: int) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = spec
         self._engine = f"engine-{serve.get_replica_context().replica_id.unique_id}"
+        environment.enter(spec.environment, "replica", engine=self._engine)
         self._log = spec.log(self._engine)
         self._router = ray.get_actor(ROUTER, spec.namespace)
         self._version = -1
@@ -105,6 +107,7 @@ class Engine:
                     loop.call_soon_threadsafe(self._on_message, message)
         except (EOFError, OSError):
             child.kill()  # it has closed its end, so it is dead or as good as dead
+            log.warning("the engine process %d is gone; what it held is given back", child.pid)
             loop.call_soon_threadsafe(self._on_message, {"event": "error", "message": "its process is gone"})
             spec = self._spec
             give_back(spec.redis, spec.store_namespace, self._engine, "the engine died")

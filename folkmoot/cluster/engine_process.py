@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from setproctitle import setproctitle
 
+from folkmoot import logs
 from folkmoot.cluster.map_feed import MapFeedServer
 from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
+from folkmoot.gateway import tracing
 
 if TYPE_CHECKING:
     from folkmoot.gateway.queue import Room
@@ -84,6 +86,7 @@ class MapState:
         self._map: ExpertMap | None = None
         self._dead: set[tuple[str, int]] = set()
         self._end_requests: Callable[[str], Coroutine[Any, Any, int]] | None = None
+        self._on_host_lost: Callable[[dict[str, Any]], None] = lambda event: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._feed = MapFeedServer(Path(spec.feed), self._on_event) if spec.feed is not None else None
 
@@ -102,15 +105,21 @@ class MapState:
             gone = [a.host for a in self._map.hosts.values() if (a.host, a.incarnation) in self._dead]
             self.is_complete = not missing(functools.reduce(remove_host, gone, self._map))
 
-    def on_no_replica(self, end_requests: Callable[[str], Coroutine[Any, Any, int]]) -> None:
-        """From now on, when the dispatcher has waited in vain for an expert's replica: end_requests(reason), on the
-        event loop that calls this; the dispatcher waits until it has ended, and hears its result."""
-        self._end_requests, self._loop = end_requests, asyncio.get_running_loop()
+    def listen(
+        self, on_host_lost: Callable[[dict[str, Any]], None], end_requests: Callable[[str], Coroutine[Any, Any, int]]
+    ) -> None:
+        """From now on, on the event loop that calls this: on_host_lost(event) when the dispatcher drops a host, and
+        end_requests(reason) when it has waited in vain for an expert's replica; it waits until that has ended, and
+        hears its result."""
+        self._on_host_lost, self._end_requests = on_host_lost, end_requests
+        self._loop = asyncio.get_running_loop()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """From the dispatcher, on the feed's thread."""
         if event.get("event") == "host_dead":  # counts at once: the expert router may be away
             self._look(None, (event["host"], event["incarnation"]))
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._on_host_lost, event)
         if event.get("event") != "no_replica":
             self._control.send(event)
         elif self._end_requests is not None and self._loop is not None:
@@ -125,8 +134,8 @@ class MapState:
 def main(raw: dict[str, Any], control: Control) -> None:
     """Entry point in a process forked by the warm parent: load the model, report ready, serve until told to stop."""
     setproctitle(TITLE)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     spec = EngineSpec(**raw)
+    logs.set_up("engine", engine=spec.engine)
     maps = MapState(spec, control)
     exit_with_owner(control, maps.on_message, lambda: give_back(spec.redis, spec.store_namespace, spec.engine))
     _set_environment(spec)
@@ -180,6 +189,7 @@ def _tie_core_to_us(control: Control) -> None:
 async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
     began = time.monotonic()
     llm = _load(spec)
+    _start_traces(spec, llm)
     from folkmoot.cluster.generation import Generator
     from folkmoot.cluster.prompts import Preparer
     from folkmoot.gateway.holder import LeaseHolder
@@ -209,7 +219,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         log.info("serving %s, loaded in %.2f s", spec.model, load_s)
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
         saying = asyncio.create_task(keep_saying(queue, spec.engine, can_serve))
-        maps.on_no_replica(lambda reason: generator.end_all(holder, reason))
+        maps.listen(generator.host_lost, lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator))
         try:
             await generator.run(holder, stopping)
@@ -217,6 +227,16 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         finally:
             await cancel([saying, reporting])
     llm.shutdown()
+    tracing.stop()
+
+
+def _start_traces(spec: EngineSpec, llm: Any) -> None:
+    """Only now, since vLLM's core is forked from here: a fork with a connection of gRPC's in it is a trap."""
+    from folkmoot.experts import vllm_api
+
+    if tracing.start("folkmoot-engine", spec.engine):
+        tracing.share()
+        vllm_api.trace_requests(llm)
 
 
 def _load(spec: EngineSpec) -> Any:
@@ -253,7 +273,7 @@ def _load(spec: EngineSpec) -> Any:
     vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
     if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=not tracing.is_wanted())  # its spans say how long
 
 
 def _batch_room(spec: EngineSpec, llm: Any) -> "Room":
@@ -278,7 +298,7 @@ async def _report(control: Control, generator: Any) -> None:
     """Once a second, if anything has changed: what this engine has done."""
     last: dict[str, Any] = {}
     while True:
-        now = asdict(generator.counters)
+        now = {**asdict(generator.counters), **generator.latencies.document()}
         if now != last:
             control.send({"event": "load", **now})
             last = now

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import ray
 
+from folkmoot import logs
+from folkmoot.cluster import environment
 from folkmoot.cluster.host_template import Template
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.placement import as_placement
@@ -64,6 +66,7 @@ class ExpertActor:
     """Owns the lives of one expert host: one, or two while a successor takes over. A spare until its first start."""
 
     def __init__(self, spec: ClusterSpec) -> None:
+        environment.enter(spec.environment, "expert-actor")
         self._spec = spec
         self._host: str | None = None
         self._log = spec.log("host")
@@ -73,8 +76,10 @@ class ExpertActor:
     async def start(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
         """Fork a life of this host, which loads its experts unless a template has. Raises WarmParentError."""
         self._host, self._log = host, self._spec.log(host)
+        logs.set_up("expert-actor", host=host)
         child = await self._fork_life(self._host_spec(host, incarnation, columns, threads), columns, threads)
         loop = asyncio.get_running_loop()
+        log.info("process %d is incarnation %d", child.pid, incarnation)
         forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
         process = _Process(forked, child, threads, loop.create_future(), loop.create_future())
         self._processes[incarnation] = process
@@ -208,6 +213,7 @@ class ExpertActor:
 
     def _ended(self, process: _Process, reason: str) -> None:
         """On the event loop: whoever waits hears of it."""
+        log.warning("incarnation %d has ended: %s", process.forked.incarnation, reason)
         self._processes.pop(process.forked.incarnation)
         process.child.close()
         self._socket(process.forked.host, process.forked.incarnation).unlink(missing_ok=True)

@@ -13,9 +13,12 @@ from vllm.exceptions import VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from folkmoot import logs
+from folkmoot.cluster.latencies import Latencies
 from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer
-from folkmoot.gateway.errors import StoreError
-from folkmoot.gateway.holder import LeaseHolder
+from folkmoot.gateway import tracing
+from folkmoot.gateway.errors import StoreError, public
+from folkmoot.gateway.holder import LeaseHolder, ids_of
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Held, Lease, Room
 
@@ -64,12 +67,14 @@ class Generator:
         self._is_sound.set()
         self._resetting: asyncio.Task[None] | None = None
         self.counters = Counters()
+        self.latencies = Latencies()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
         """The lease ended elsewhere (cancelled, deadline, taken over): drop the request."""
         task = self._tasks.get((lease.request_id, lease.epoch))
         if task is not None:
-            log.info("%s ended: %s", lease.request_id, why)
+            with logs.bound(**ids_of(lease)):
+                log.info("%s ended: %s", public(lease.request_id), why)
             task.cancel()
 
     async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:
@@ -100,9 +105,17 @@ class Generator:
     async def drain(self, grace_s: float) -> None:
         """Let what runs finish for so long, then drop it."""
         if self._tasks:
+            log.info("draining: %d requests may finish for %g s", len(self._tasks), grace_s)
             await asyncio.wait(self._tasks.values(), timeout=grace_s)
         for task in list(self._tasks.values()):
             task.cancel()
+
+    def host_lost(self, event: dict[str, Any]) -> None:
+        """The dispatcher has dropped an expert host, in a step of all that runs now."""
+        if self._holder is not None:
+            for lease in self._leases.values():
+                about = {"folkmoot.host": event["host"], "folkmoot.reason": event["reason"]}
+                self._holder.span(lease).event("expert host dropped", about)
 
     async def end_all(self, holder: LeaseHolder, reason: str) -> int:
         """End all running requests with an error; how many there were. New ones wait until vLLM has forgotten what it
@@ -110,6 +123,8 @@ class Generator:
         self._is_sound.clear()
         ending = list(self._tasks.items())
         for key, task in ending:
+            with logs.bound(**ids_of(self._leases[key])):
+                log.warning("ended, since an expert has no live replica")
             holder.fail(self._leases[key], f"{reason}; please send the request again", ABORTED)
             task.cancel()
         self.counters.failed += len(ending)
@@ -144,25 +159,30 @@ class Generator:
             self._holder.ask_again()
 
     async def _serve(self, holder: LeaseHolder, lease: Lease) -> None:
-        """One request from lease to finish. Never raises: what goes wrong ends the request, or gives it back."""
+        """One request from lease to finish. Never raises: what goes wrong ends the request, or gives it back. Messages
+        of errors may quote the prompt, and are not logged."""
+        logs.bind(**ids_of(lease))
         try:
             async with asyncio.timeout(lease.remaining_s):
                 prepared = await self._preparer.prepare(lease)
                 self.counters.prompt_tokens += prepared.num_prompt
                 await self._generate(holder, lease, prepared)
         except TimeoutError:
+            log.info("its time is up")
             finish = pb.Finish(reason=pb.DEADLINE, code=DEADLINE_EXCEEDED, message="the request's time is up")
             holder.write(lease, pb.GenerateResponse(finish=finish))
         except BadRequest as e:
+            log.info("refused, with status %d", e.code)
             holder.fail(lease, str(e), e.code)
         except (VLLMClientError, ValueError) as e:
+            log.info("vLLM refuses it: %s", type(e).__name__)
             holder.fail(lease, f"vLLM refuses the request: {e}", INVALID_ARGUMENT)
         except EngineDeadError:  # `run` raises it too, and who called that gives everything back at once
             self._core_died = True
             holder.stop_leasing()
             self._room.set()
         except Exception as e:
-            log.exception("%s failed", lease.request_id)
+            log.error("failed: %s", logs.frames_of(e))
             self.counters.failed += 1
             holder.fail(lease, f"the engine failed: {type(e).__name__}: {e}", INTERNAL)
 
@@ -172,11 +192,20 @@ class Generator:
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         await self._is_sound.wait()
+        tell = self.latencies.of_request(lease)
         done, held = lease.offset, pb.GenerateResponse()
         least = UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH else 1  # a journal entry needs a token
         request_id = f"{lease.request_id}/{lease.epoch}"
         priority = int(lease.is_batch)  # vLLM takes the lower first
-        async for output in self._llm.generate(prepared.prompt, prepared.params, request_id, priority=priority):
+        context = holder.span(lease).context
+        asked = self._llm.generate(
+            prepared.prompt,
+            prepared.params,
+            request_id,
+            priority=priority,
+            trace_headers=context.headers if context is not None and tracing.is_on() else None,
+        )
+        async for output in asked:
             piece = _piece(output, prepared.num_prompt, is_first=not (done or held.prompt_logprobs))
             prepared.repetition.cut(piece)
             done += len(piece.token_ids)
@@ -189,6 +218,7 @@ class Generator:
                 held.usage.completion_tokens = done
             if not holder.write(lease, held):
                 return
+            tell()
             held = pb.GenerateResponse()
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from folkmoot.cluster import interrupts, processes, ray_runtime, warm_files
+from folkmoot import logs
+from folkmoot.cluster import environment, interrupts, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
@@ -110,6 +111,8 @@ class UpOptions:
     cpus_per_engine: float = ClusterSpec.engine_cpus
     gpus_per_engine: float = ClusterSpec.engine_gpus
     max_experts_per_host: int | None = None
+    log_format: str = logs.DEFAULT_FORMAT
+    log_level: str = logs.DEFAULT_LEVEL
     state_dir: Path | None = None
 
 
@@ -338,6 +341,7 @@ def make_spec(
         host_gpus=options.gpus_per_host,
         engine_cpus=options.cpus_per_engine,
         engine_gpus=options.gpus_per_engine,
+        environment={**environment.carried(), **logs.variables(options.log_format, options.log_level)},
         **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.core.generated import autoscaler_pb2
 
+from folkmoot import logs
 from folkmoot.cluster.ray_slots import gcs_client
 from folkmoot.cluster.spec import ROUTER, namespace_of
 
@@ -78,7 +79,7 @@ def main() -> None:
     args = p.parse_args()
     if args.within <= 0:
         p.error(f"--within must be more than 0, not {args.within:g}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s leave %(levelname)s %(message)s")
+    logs.set_up("leave")
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     left = leave(ray.get_runtime_context().get_node_id(), args.name, args.within)
     if left:

@@ -11,7 +11,7 @@ from subprocess import Popen
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from folkmoot.cluster import warm_files
+from folkmoot.cluster import environment, warm_files
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import secret, warm
 from folkmoot.experts.warm import WarmParent
@@ -44,6 +44,7 @@ class NodeAgent:
     """Holds the warm parent of its node; the warm parent ends with it."""
 
     def __init__(self, spec: ClusterSpec) -> None:
+        environment.enter(spec.environment, "node-agent")
         self._spec = spec
         self._process: Popen[bytes] | None = None
 

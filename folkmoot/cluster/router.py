@@ -17,10 +17,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from folkmoot import logs
+from folkmoot.cluster import environment
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
 from folkmoot.cluster.charge import Charge
-from folkmoot.cluster.healing import is_settled
+from folkmoot.cluster.healing import is_settled, phase_of
 from folkmoot.cluster.operation_runner import OperationRunner
 from folkmoot.cluster.ray_runtime import deploy_engines
 from folkmoot.cluster.ray_slots import RaySlots
@@ -67,7 +69,7 @@ class ExpertRouter:
     """Shell: turns what Ray and engines say into events, and carries out the actions of `plan`."""
 
     async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s router %(levelname)s %(message)s")
+        environment.enter(spec.environment, "router")
         self._spec = spec
         self._store = Store(spec.redis, spec.store_namespace)
         self._wishes = WishStore(self._store, spec)
@@ -76,6 +78,7 @@ class ExpertRouter:
         self._slots = RaySlots(spec)
         self._actors = ActorPool(spec, self._slots)
         self._error: str | None = None
+        self._phases: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._engines_deployed = (self._state.wish.engine_limits, 0)
         self._autoscaler = Autoscaler(spec, self._store, lambda: self._state, self._change)
@@ -141,11 +144,25 @@ class ExpertRouter:
         looked_s = -LOOK_EVERY_S
         while True:
             await self.report(Tick(time.time()))
+            self._tell_phases()
             is_due = time.monotonic() - looked_s > LOOK_EVERY_S or self._is_waiting
             if self._spec.hosts and is_due:
                 looked_s = time.monotonic()
                 await self._look()
             await asyncio.sleep(TICK_S)
+
+    def _tell_phases(self) -> None:
+        """Log what has become of each host since the last look: started, drained, quarantined, healed."""
+        phases = {host.host: phase_of(host, self._state) for host in self._state.hosts.values()}
+        for name in sorted(phases.keys() | self._phases.keys()):
+            before, now = self._phases.get(name, "unknown"), phases.get(name, "removed")
+            if before != now:
+                level = logging.WARNING if now in ("quarantined", "gone", "waiting") else logging.INFO
+                with logs.bound(host=name):
+                    log.log(level, "%s: %s (was %s)", name, now, before)
+        if phases != self._phases and is_settled(self._state):
+            log.info("all %d hosts are as they ought to be", len(phases))
+        self._phases = phases
 
     @property
     def _is_waiting(self) -> bool:

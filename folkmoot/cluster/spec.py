@@ -88,6 +88,8 @@ class ClusterSpec:
     engine_resources: Mapping[str, float] = field(default_factory=dict)
     grace_s: float = 10.0
     """how long a stopping engine may take to finish what runs"""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """variables of logs and traces that actors take over (folkmoot.cluster.environment); may hold a collector's key"""
     started_s: float = field(default_factory=time.time)
     """when this cluster was begun: of several on one store the newest takes charge (folkmoot.cluster.charge)"""
 

@@ -1,13 +1,17 @@
 """The status document as tables on a terminal."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from folkmoot.gateway.client import Client
+from folkmoot.gateway.client_errors import FolkmootError
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import COUNTERS
 
@@ -43,41 +47,104 @@ def _load(load: pb.QueueLoad) -> dict[str, int]:
     return {name: getattr(load, name) for name in COUNTERS}
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What was done a second, between two documents: rows by host, tokens by engine."""
+
+    rows: dict[str, float]
+    tokens: dict[str, float]
+
+
+def rates(before: dict[str, Any], now: dict[str, Any]) -> Rates | None:
+    """Of hosts and engines that are the same process in both; None where there is no time between them."""
+    seconds = now.get("time_s", 0.0) - before.get("time_s", 0.0)
+    if seconds <= 0 or "hosts" not in before:
+        return None
+    rows = {(h["host"], h["incarnation"]): h["rows"] for h in before["hosts"]}
+    tokens = {e["engine"]: e.get("generated_tokens", 0) for e in before["engines"]}
+    return Rates(
+        {h["host"]: (h["rows"] - rows[h["host"], h["incarnation"]]) / seconds
+         for h in now["hosts"] if (h["host"], h["incarnation"]) in rows},
+        {e["engine"]: (e.get("generated_tokens", 0) - tokens[e["engine"]]) / seconds
+         for e in now["engines"] if e["engine"] in tokens},
+    )  # fmt: skip
+
+
 def show(console: Console, document: dict[str, Any]) -> None:
     """Print it."""
+    for part in parts(document):
+        console.print(part)
+
+
+def parts(document: dict[str, Any], speed: Rates | None = None) -> Iterator[RenderableType]:
+    """It, from the most general to the most particular."""
     if document.get("error"):
-        console.print(f"[bold red]{document['error']}[/]")
+        yield Text(document["error"], "bold red")
     for one in document["models"]:
-        console.print(
+        yield (
             f"model [bold]{one['model']}[/]: {one['ready_engines']} of {one['engines']} engines "
             f"can serve, "
             f"{one['running_requests']} requests running, {one['waiting_requests']} waiting"
+            + ("" if speed is None else f", [bold]{sum(speed.tokens.values()):.1f}[/] tokens/s")
         )
         if any(lane["tenants"] for lane in one["lanes"].values()):
-            console.print(_lanes_table(one["lanes"]))
+            yield _lanes_table(one["lanes"])
     if "map" not in document:
         return
     if document["map"]["layers"]:
-        console.print(_map_line(document["map"]))
-        console.print(hosts_table(document["hosts"]))
+        yield _map_line(document["map"])
+        yield hosts_table(document["hosts"], speed=speed)
         for trouble in document["healing"]:
-            console.print(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip(), markup=False)
+            yield Text(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip())
     else:
-        console.print("a dense model: no expert hosts")
+        yield "a dense model: no expert hosts"
     if (scaling := document["autoscaling"])["least"] != scaling["most"]:
-        console.print(_scaling_line(scaling), markup=False)
-    console.print(_engines_table(document["engines"]))
+        yield Text(_scaling_line(scaling))
+    yield _engines_table(document["engines"], speed)
 
 
-def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts") -> Table:
+class Watch:
+    """What `folkmoot status --watch` draws: the newest document, with what was done since the one before."""
+
+    def __init__(self, fetched: Callable[[], dict[str, Any]]) -> None:
+        self._fetched = fetched
+        self._last: dict[str, Any] | None = None
+        self._rates: Rates | None = None
+        self._trouble = ""
+
+    def frame(self) -> RenderableType:
+        """How it is now. Raises FolkmootError where nothing was ever heard; later it shows what was heard last."""
+        try:
+            now = self._fetched()
+            self._trouble = ""
+        except FolkmootError as e:
+            if self._last is None:
+                raise
+            now, self._trouble = self._last, f"{e.code}: {e}"
+        if self._last is None or now.get("time_s") != self._last.get("time_s"):
+            self._rates = rates(self._last, now) if self._last is not None else None
+            self._last = now
+        return Group(*self._head(now), *parts(now, self._rates))
+
+    def _head(self, document: dict[str, Any]) -> Iterator[RenderableType]:
+        said_s = document.get("time_s")
+        written = "" if said_s is None else f", the cluster's own word is {max(0.0, time.time() - said_s):.0f} s old"
+        yield Text(f"{document.get('cluster', '')} {time.strftime('%H:%M:%S')}{written}".strip(), "dim")
+        if self._trouble:
+            yield Text(self._trouble, "bold red")
+
+
+def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts", speed: Rates | None = None) -> Table:
     """One line a host: where it is, what it holds, what it has served."""
-    table = Table("host", "state", "pid", "actor", "experts", "MiB", "calls", "rows", "busy s", title=title)
+    header = ("host", "state", "pid", "actor", "experts", "MiB", "calls", "rows", "busy s")
+    table = Table(*header, *(() if speed is None else ("rows/s",)), title=title)
+    table.columns[0].no_wrap = True
     for h in hosts:
         state = f"[green]{h['phase']}[/]" if h["alive"] else f"[red]{h['phase']}[/]"
-        numbers = (h["bytes"] >> 20, h["requests"], h["rows"], h["busy_s"])
-        table.add_row(
-            h["host"], state, _or_dash(h["pid"]), _or_dash(h["actor_pid"]), ranges(h["experts"]), *map(str, numbers)
-        )
+        numbers = [str(n) for n in (h["bytes"] >> 20, h["requests"], h["rows"], h["busy_s"])]
+        if speed is not None:
+            numbers.append(_rate(speed.rows.get(h["host"])))
+        table.add_row(h["host"], state, _or_dash(h["pid"]), _or_dash(h["actor_pid"]), ranges(h["experts"]), *numbers)
     return table
 
 
@@ -118,13 +185,28 @@ def _scaling_line(facts: dict[str, Any]) -> str:
     return line + ("" if facts["late_s"] is None else "; a deadline cannot be met with the most engines")
 
 
-def _engines_table(engines: list[dict[str, Any]]) -> Table:
-    table = Table("engine", "state", "pid", "running", "requests", "prompt tokens", "generated tokens", title="engines")
+def _engines_table(engines: list[dict[str, Any]], speed: Rates | None = None) -> Table:
+    header = ["engine", "state", "pid", "running", "requests", "prompt tokens", "generated tokens"]
+    header += ["TTFT ms", "ITL ms", *([] if speed is None else ["tokens/s"])]
+    table = Table(*header, title="engines; latencies of the last interactive requests, p50 / p99")
+    table.columns[0].no_wrap = True
     for e in engines:
         state = f"[green]{e['phase']}[/]" if e["phase"] == "ready" else f"[yellow]{e['phase']}[/]"
-        counters = (e.get(name, 0) for name in ("running", "requests", "prompt_tokens", "generated_tokens"))
-        table.add_row(e["engine"], state, _or_dash(e["pid"]), *map(str, counters))
+        counters = [str(e.get(name, 0)) for name in ("running", "requests", "prompt_tokens", "generated_tokens")]
+        counters += [_latency(e, "ttft"), _latency(e, "itl")]
+        if speed is not None:
+            counters.append(_rate(speed.tokens.get(e["engine"])))
+        table.add_row(e["engine"], state, _or_dash(e["pid"]), *counters)
     return table
+
+
+def _latency(engine: dict[str, Any], name: str) -> str:
+    found = [engine.get(f"{name}_{p}_s") for p in ("p50", "p99")]
+    return " / ".join(f"{1000 * s:.0f}" for s in found if s is not None) or "-"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _or_dash(value: int | None) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from setproctitle import setproctitle
 
+from folkmoot import logs
 from folkmoot.experts import native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_map import HostAddress
@@ -103,9 +104,9 @@ class Load:
 
 def main(spec: dict[str, Any], control: Control) -> None:
     """Entry point in a process forked by the warm parent: load, listen, report ready, serve until the owner goes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(levelname)s %(message)s", force=True)
-    exit_with_owner(control)
     host = HostSpec.from_dict(spec)
+    logs.set_up("host", host=host.host, incarnation=host.incarnation)
+    exit_with_owner(control)
     setproctitle(f"{TITLE} {host.host}")
     began = time.monotonic()
     torch.set_num_threads(host.threads)
@@ -132,8 +133,8 @@ def template(spec: dict[str, Any], control: Control) -> None:
 
     `spec` is a HostSpec, whose `unix_path` is where forks are asked for. Nothing here may start a thread that stays.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s template %(levelname)s %(message)s")
     host = HostSpec.from_dict(spec)
+    logs.set_up("template", host=host.host)
     setproctitle(f"{TEMPLATE_TITLE} {host.host}")
     # In a thread of its own: one that has given its priority away may not take it back.
     loading = threading.Thread(target=_load_quietly, args=(host,), name="load")

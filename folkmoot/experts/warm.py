@@ -27,12 +27,12 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from folkmoot import logs
 from folkmoot.experts.handshake import check_user
 from folkmoot.experts.wire import WireError
 
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--with-parent", action="store_true", help="end when standard input closes")
     p.add_argument("--import", dest="modules", action="append", help="import this module, and not vLLM (repeatable)")
     args = p.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s warm %(levelname)s %(message)s")
+    logs.set_up("warm")
     began = time.monotonic()
     gc.disable()  # what is imported stays: looking for garbage among it takes 7% of the time
     if args.modules:
@@ -368,7 +368,7 @@ def _run_child(entry: str, spec: dict[str, Any], log_path: str, control: Control
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 1
     except BaseException as e:
-        traceback.print_exc()
+        log.critical("%s has failed", entry, exc_info=e)
         with contextlib.suppress(OSError):
             control.send({"event": "error", "message": f"{type(e).__name__}: {e}"})
     finally:

@@ -14,7 +14,6 @@ SIGTERM or Ctrl-C: health says NOT_SERVING, new calls are refused, streams may f
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from folkmoot import logs
+from folkmoot.gateway import tracing
 from folkmoot.gateway.batch_store import BatchSettings
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
@@ -66,9 +67,14 @@ HELP = {
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     parser = _parser()
     options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    os.environ.update(logs.variables(options.pop("log_format", None), options.pop("log_level", None)))
+    try:
+        logs.set_up("gateway")
+    except ValueError as e:
+        parser.error(str(e))
+    tracing.start("folkmoot-gateway", f"gateway-{os.getpid()}")
     if "redis" not in options and "FOLKMOOT_REDIS" in os.environ:
         options["redis"] = os.environ["FOLKMOOT_REDIS"]
     queue = {name: options.pop(name) for name in list(options) if name in QueueSettings.__dataclass_fields__}
@@ -77,7 +83,10 @@ def main() -> None:
         settings = GatewaySettings(**options, queue=QueueSettings(**queue), batches=BatchSettings(**batches))
     except ValidationError as e:
         parser.error("; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in e.errors()))
-    asyncio.run(_run(settings))
+    try:
+        asyncio.run(_run(settings))
+    finally:
+        tracing.stop()
 
 
 async def _run(settings: GatewaySettings) -> None:
@@ -106,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("batches")
     for name in BatchSettings.__dataclass_fields__:
         _add(group, name, getattr(defaults.batches, name))
+    group = parser.add_argument_group("logs")
+    for name, choices in (("log_format", logs.FORMATS), ("log_level", logs.LEVELS)):
+        group.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=logs.HELP[name])
     return parser
 
 

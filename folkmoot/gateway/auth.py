@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from folkmoot.gateway import malformed, status, tenancy
+from folkmoot.gateway import calls, malformed, status, tenancy
 from folkmoot.gateway.api_keys import ROLES, KeyRing
 from folkmoot.gateway.errors import GatewayError, MissingApiKey, MissingRole, TooManyCalls
 from folkmoot.gateway.tenancy import Caller
@@ -71,12 +71,13 @@ class Door(grpc.aio.ServerInterceptor):
                 self._count(f"tenant {who.tenant}", max(1, self._max_calls // 2))
             tenancy.set_caller(who)
         except GatewayError as e:
-            return _refusing(status.of(e))
+            calls.refused(details.method, what := status.of(e))
+            return _refusing(what)
         if details.method not in self._handlers:
             handler = await continuation(details)
             if handler is None:
                 return None  # gRPC then says UNIMPLEMENTED
-            self._handlers[details.method] = malformed.refusing(handler)
+            self._handlers[details.method] = calls.observed(malformed.refusing(handler), details.method)
         return self._handlers[details.method]
 
     def _count(self, kind: str, limit: int) -> None:

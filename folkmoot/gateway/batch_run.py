@@ -13,16 +13,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from folkmoot.gateway import tasks
+from folkmoot import logs
+from folkmoot.gateway import tasks, tracing
 from folkmoot.gateway.batch_answers import joined
 from folkmoot.gateway.batch_check import FileCheck
 from folkmoot.gateway.batch_store import Answer, BatchLease, BatchStore, Result
 from folkmoot.gateway.batch_translate import Asked, Translation
 from folkmoot.gateway.demand import Demands
-from folkmoot.gateway.errors import GatewayError, LimitReached, LostBatch, QueueFull, RequestIdTaken, StoreError
+from folkmoot.gateway.errors import GatewayError, LimitReached, LostBatch, QueueFull, RequestIdTaken, StoreError, public
+from folkmoot.gateway.lease_span import usage_of
 from folkmoot.gateway.limits import NO_LIMITS
 from folkmoot.gateway.pb import batch_input_pb2
 from folkmoot.gateway.queue import Load, ModelRecord, QueueSettings, RequestQueue, Submission
+from folkmoot.gateway.tracing import Attributes, Span, TraceContext
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class BatchRun:
         self._demands, self._estimates, self._unread = Demands(queue.store), dict[str, int](), 0
         self._deadline_s = self._owes_again_s = 0.0
         self._pace = Pace()
+        self._trace: TraceContext | None = None
+        self._spans: dict[int, Span] = {}  # of lines that are under way
 
     async def run(self) -> None:
         """Until the batch has ended, or its lease is lost, or the store is away: then someone takes it up again."""
@@ -92,7 +97,9 @@ class BatchRun:
             await self._renew()
             batch = await self._batches.get(self._lease.batch_id)
             self._deadline_s = batch.deadline_ms / 1000
+            logs.bind(batch_id=public(batch.id), tenant=batch.tenant)
             self._total, self._limits = batch.total, await self._batches.limits(self._lease)
+            self._trace = await self._batches.trace(self._lease)
             self._translation = Translation(batch.id, batch.endpoint, batch.tenant, self._default_answer_tokens)
             beat = asyncio.create_task(self._beat())
             if self._status == "validating":
@@ -100,12 +107,15 @@ class BatchRun:
             if self._status == "in_progress":
                 await self._work()
             await self._end()
+            log.info("the batch has ended: %s", self._status)
         except (LostBatch, StoreError) as e:
             log.warning("batch %s: %s", self._lease.batch_id, e)
         except asyncio.CancelledError:  # this gateway stops
             await self._leave()
             raise
         finally:
+            for span in self._spans.values():
+                span.end()
             if beat is not None:
                 await tasks.cancel([beat])
 
@@ -253,6 +263,14 @@ class BatchRun:
         self._read_all = True
         return None
 
+    def _span(self, index: int) -> Span:
+        """A line's, from the first time on that it is submitted: a trace of its own, linked to the batch's."""
+        if index not in self._spans:
+            attributes: Attributes = {"folkmoot.batch.id": public(self._lease.batch_id), "folkmoot.batch.line": index}
+            links = [self._trace] if self._trace is not None else []
+            self._spans[index] = tracing.span("batch line", "producer", None, attributes, links)
+        return self._spans[index]
+
     async def _submit(self, group: Sequence[Asked]) -> bool:
         """False where the queue is full, or the tenant has what it may: some wait for another time."""
         left_s = max(0.0, self._ends_s - time.monotonic())
@@ -265,6 +283,7 @@ class BatchRun:
                 remaining_s=left_s,
                 grace_s=0.0,
                 limits=self._limits,
+                trace=self._span(one.index).context,
             )
             for one in group
         ]
@@ -272,6 +291,7 @@ class BatchRun:
         has_room = True
         for one, answer in zip(group, answers, strict=True):
             if isinstance(answer, LimitReached) and answer.retry_after_ms is None:
+                self._spans.pop(one.index).end()
                 self._results.append(self._translation.over_limit(one, answer))
             elif isinstance(answer, QueueFull | LimitReached):
                 self._waiting.append(one)
@@ -307,6 +327,9 @@ class BatchRun:
         if whole.finish.code in ASK_AGAIN and await again(self._lease, asked.index, request_id) <= MAX_AGAIN:
             self._waiting.append(asked)
             return
+        if (span := self._spans.pop(asked.index, None)) is not None:
+            span.set(usage_of(whole))
+            span.end()
         self._results.append(self._translation.result(asked, whole, int(time.time())))
 
     async def _flush_many(self) -> None:

@@ -15,7 +15,7 @@ from folkmoot.gateway.prelude import PRELUDE
 
 # Batch hash: status tenant endpoint metadata limits digest window created deadline input_bytes total output errors
 #             faults estimated estimates epoch runner leased_until <status>_at prompt_tokens completion_tokens
-#             rate_lines rate_tokens retention outcome
+#             rate_lines rate_tokens retention outcome trace
 COMMON = (
     PRELUDE
     + """

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from folkmoot.gateway import status
+from folkmoot import logs
+from folkmoot.gateway import status, tracing
 from folkmoot.gateway.batch_lines import URLS
 from folkmoot.gateway.batch_store import ENDED, BatchStore, Draft, File
 from folkmoot.gateway.batch_upload import Upload
@@ -118,6 +119,8 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
         header.tenant = who.tenant or header.tenant
         name, upload_id = header.batch_id or f"batch_{secrets.token_hex(12)}", secrets.token_hex(8)
         batch_id = who.scoped(name)
+        logs.bind(batch_id=name, tenant=header.tenant)
+        tracing.current().set({"folkmoot.batch.id": name})
         upload = Upload(settings, lambda n, block: self._batches.put_block(batch_id, upload_id, n, block))
         try:
             async for message in requests:
@@ -136,6 +139,7 @@ class BatchService(batches_pb2_grpc.BatchesServicer):
                 input_bytes=upload.bytes,
                 total=upload.lines,
                 limits=who.limits,
+                trace=tracing.current().context,
             )
             await self._batches.create(draft)
         except BaseException:

@@ -14,6 +14,7 @@ from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.pb import batch_input_pb2, gateway_pb2
 from folkmoot.gateway.pb import batches_pb2 as pb
 from folkmoot.gateway.store import Store
+from folkmoot.gateway.tracing import TraceContext
 
 File = Literal["output", "errors"]
 Answer = list[gateway_pb2.GenerateResponse]
@@ -62,6 +63,8 @@ class Draft:
     total: int
     limits: Limits = NO_LIMITS
     """of its tenant, when it was created"""
+    trace: TraceContext | None = None
+    """the call that created it; no part of its identity"""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class BatchStore:
             "input_bytes": draft.input_bytes,
             "total": draft.total,
             "limits": json.dumps(draft.limits.given()),
+            "trace": "" if draft.trace is None else draft.trace.packed,
         }
         flat = [part for pair in fields.items() for part in pair]
         times = (_ms(draft.window_s), _ms(self.settings.batch_retention_s))
@@ -179,6 +183,11 @@ class BatchStore:
         """Which its requests have to keep."""
         found: bytes = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "limits")
         return Limits(**json.loads(found))
+
+    async def trace(self, lease: BatchLease) -> TraceContext | None:
+        """The call that created it."""
+        found: bytes | None = await self.store.command("HGET", self.store.keys.batch(lease.batch_id), "trace")
+        return TraceContext.unpacked(found.decode(errors="replace")) if found else None
 
     async def estimates(self, lease: BatchLease) -> dict[str, int]:
         """Estimated tokens by model; nothing before the file was validated."""

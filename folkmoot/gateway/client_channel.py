@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 
+from folkmoot.gateway import tracing
+
 HTTPS = "https://"
 PROBE_S = 1.0
 
@@ -31,8 +33,9 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with each call."""
-        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        """What goes with each call: who calls, and the trace that the caller is in."""
+        key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        return (*key, *tracing.of_caller())
 
     def is_tls(self, address: str) -> bool:
         """Whether TLS is spoken to this address."""

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 
-from folkmoot.gateway import tasks
-from folkmoot.gateway.errors import StoreError
+from folkmoot import logs
+from folkmoot.gateway import lease_span, tasks
+from folkmoot.gateway.errors import StoreError, public
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import UNLIMITED, Append, Held, Lease, ModelRecord, RequestQueue, Room
+from folkmoot.gateway.tracing import Span
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class LeaseHolder:
         self._on_ended = on_ended
         self._held: dict[tuple[str, int], Lease] = {}
         self._next: dict[tuple[str, int], int] = {}  # offset of the next token to write
+        self._spans: dict[tuple[str, int], Span] = {}
         self._unwritten: list[Append] = []
         self._written = asyncio.Event()  # set while nothing waits to be journalled
         self._written.set()
@@ -98,6 +101,10 @@ class LeaseHolder:
         """False once the lease has ended, in whatever way."""
         return (lease.request_id, lease.epoch) in self._held
 
+    def span(self, lease: Lease) -> Span:
+        """The lease's, for what else is to be said of it; one that does nothing once it has ended."""
+        return self._spans.get((lease.request_id, lease.epoch)) or Span(lease.trace)
+
     async def lease(
         self, max_requests: int, max_tokens: int = UNLIMITED, wait_s: float = 1.0, *, batch: Room | None = None
     ) -> list[Lease]:
@@ -115,8 +122,7 @@ class LeaseHolder:
                 await self._renew()  # this loop was held up: do not take over from ourselves
             leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, batch=batch)
             for lease in leases:
-                self._held[lease.request_id, lease.epoch] = lease
-                self._next[lease.request_id, lease.epoch] = lease.offset
+                self._take(lease)
             left_s = until - time.monotonic()
             if leases or left_s <= 0 or self._ask_again:
                 return leases
@@ -166,8 +172,14 @@ class LeaseHolder:
     async def release(self, leases: Sequence[Lease], error: str = "") -> None:
         """Give leases back after what was written is journalled; see RequestQueue.release for `error`."""
         await self.flush()
-        kept = [lease for lease in leases if self._forget(lease.request_id, lease.epoch)]
-        await self._queue.release(kept, error)
+        kept = [
+            lease
+            for lease in leases
+            if self._forget(lease.request_id, lease.epoch, lambda span: lease_span.released(span, error))
+        ]
+        for lease, answer in zip(kept, await self._queue.release(kept, error), strict=True):
+            with logs.bound(**ids_of(lease)):
+                log.log(logging.WARNING if error else logging.INFO, "given back (%s)", answer)
 
     async def flush(self) -> None:
         """Wait until all that was written is in the journals."""
@@ -188,12 +200,22 @@ class LeaseHolder:
         self._work.set()
         await self._renew()  # a cancellation may have been said while nobody listened
 
-    def _forget(self, request_id: str, epoch: int) -> Lease | None:
+    def _take(self, lease: Lease) -> None:
+        key = (lease.request_id, lease.epoch)
+        self._held[key], self._next[key] = lease, lease.offset
+        self._spans[key] = lease_span.begin(lease, self._engine)
+        if lease.epoch > 1:
+            with logs.bound(**ids_of(lease)):
+                log.warning("taken over from another engine, after %d tokens", lease.offset)
+
+    def _forget(self, request_id: str, epoch: int, end: Callable[[Span], None]) -> Lease | None:
         self._next.pop((request_id, epoch), None)
+        if (span := self._spans.pop((request_id, epoch), None)) is not None:
+            end(span)
         return self._held.pop((request_id, epoch), None)
 
     def _ended(self, request_id: str, epoch: int, why: Held) -> None:
-        lease = self._forget(request_id, epoch)
+        lease = self._forget(request_id, epoch, lambda span: lease_span.ended(span, why))
         if lease is not None:
             self._on_ended(lease, why)
 
@@ -222,7 +244,7 @@ class LeaseHolder:
     async def _settle(self, one: Append, answer: Held) -> None:
         if answer == Held.OK:
             if one.response.HasField("finish"):
-                self._forget(one.request_id, one.epoch)
+                self._forget(one.request_id, one.epoch, lambda span: lease_span.finished(span, one.response))
             return
         lease = self._held.get((one.request_id, one.epoch))
         self._ended(one.request_id, one.epoch, answer)
@@ -252,3 +274,10 @@ class LeaseHolder:
                 await self._queue.register(self._engine, self._record, BEAT_S)
             except StoreError as e:
                 log.warning("no heartbeat: %s", e)
+
+
+def ids_of(lease: Lease) -> dict[str, str | int]:
+    """What log lines about a lease carry."""
+    trace_id = lease.trace.trace_id if lease.trace is not None else ""
+    tenant = lease.request.tenant
+    return {"request_id": public(lease.request_id), "tenant": tenant, "attempt": lease.attempt, "trace_id": trace_id}

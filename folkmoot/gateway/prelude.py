@@ -5,7 +5,7 @@ from folkmoot.gateway.layout import CHECK_LAYOUT
 from folkmoot.gateway.shares import SHARES
 
 # Request hash: model lane tenant body digest cost answer weight state epoch attempts engine entry next submitted
-#               deadline queue_deadline grace attended retention watchers error token_ms
+#               deadline queue_deadline grace attended retention watchers error token_ms trace
 PRELUDE = (
     """
 local root = KEYS[1]

@@ -19,6 +19,7 @@ from folkmoot.gateway.keys import LANES, Lane
 from folkmoot.gateway.limits import NO_LIMITS, Limits
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.store import Store
+from folkmoot.gateway.tracing import TraceContext
 
 LANE_OF: dict[int, Lane] = {pb.LANE_UNSPECIFIED: "interactive", pb.INTERACTIVE: "interactive", pb.BATCH: "batch"}
 PB_LANE: dict[str, "pb.Lane"] = {"interactive": pb.INTERACTIVE, "batch": pb.BATCH}
@@ -55,6 +56,7 @@ class Submission:
     gateway: str = ""  # whom to push its journal to
     limits: Limits = NO_LIMITS  # of the request's tenant
     queue_timeout_s: float | None = None  # it ends when no engine took it for so long; None: as in the settings
+    trace: TraceContext | None = None  # the span that engines' spans come below; no part of its identity
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Lease:
     cost: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
+    trace: TraceContext | None = None
 
     @property
     def is_batch(self) -> bool:
@@ -190,6 +193,7 @@ class RequestQueue:
                 s.max_waiting_requests,
                 s.max_waiting_tokens,
                 one.limits.packed,
+                "" if one.trace is None else one.trace.packed,
             )
         answers: list[bytes] = await self.store.run("submit", *args)
         return answers
@@ -367,7 +371,7 @@ def sampling_fields(request: pb.GenerateRequest) -> dict[str, object]:
 
 
 def _lease(row: Sequence[Any]) -> Lease:
-    request_id, epoch, attempt, body, offset, remaining_ms, _, waited_ms, cost, payloads = row
+    request_id, epoch, attempt, body, offset, remaining_ms, _, waited_ms, cost, payloads, trace = row
     pieces = [pb.GenerateResponse.FromString(payload) for payload in payloads]
     return Lease(
         request_id=request_id.decode(),
@@ -380,6 +384,7 @@ def _lease(row: Sequence[Any]) -> Lease:
         cost=cost,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         text="".join(piece.text for piece in pieces),
+        trace=TraceContext.unpacked(trace.decode(errors="replace")),
     )
 
 

@@ -16,7 +16,7 @@ from folkmoot.gateway.access_scripts import SWAP_KEY
 from folkmoot.gateway.batch_scripts import BATCHES
 from folkmoot.gateway.prelude import PRELUDE
 
-# ARGV: gateway, then 16 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
+# ARGV: gateway, then 17 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
 # limit:NAME:MS (over_limits).
 SUBMIT = (
     PRELUDE
@@ -41,11 +41,11 @@ local function is_full(r, max_requests, max_tokens)
   end
 end
 
-for i = 2, #ARGV, 16 do
+for i = 2, #ARGV, 17 do
   local id, model, lane, tenant, digest, body = unpack(ARGV, i, i + 5)
   local cost, answer, weight, remaining, queueing, grace, retention = unpack(ARGV, i + 6, i + 12)
   local max_requests, max_tokens = tonumber(ARGV[i + 13]), tonumber(ARGV[i + 14])
-  local limits = ARGV[i + 15]
+  local limits, trace = ARGV[i + 15], ARGV[i + 16]
   local key = request_key(id)
   local known = redis.call('HMGET', key, 'digest', 'watchers')
   if known[1] then
@@ -70,6 +70,7 @@ for i = 2, #ARGV, 16 do
                  'queue_deadline', lane == 'batch' and r.deadline or now + queueing, 'grace', grace,
                  'attended', now + grace, 'retention', retention, 'watchers', gateway,
                  'token_ms', charge_minutes(r, limits))
+      if trace ~= '' then redis.call('HSET', key, 'trace', trace) end
       redis.call('PEXPIRE', key, remaining + retention)
       count(r, 'waiting', 1)
       line_up(r)
@@ -86,7 +87,7 @@ return out
 
 # ARGV: model, engine, max requests and max tokens of both lanes together, the same of the batch lane, max attempts,
 # idle ms (leases that were not renewed for so long are taken over).
-# Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads.
+# Returns per lease: id, epoch, attempt, body, next, remaining ms, submitted, waited ms, cost, journal payloads, trace.
 LEASE = (
     PRELUDE
     + """
@@ -117,13 +118,13 @@ local function take(id, r)
   redis.call('SADD', held_key(engine), id)
   local key = request_key(id)
   redis.call('HSET', key, 'state', 'running', 'epoch', r.epoch, 'attempts', r.attempts, 'engine', engine)
-  local rest = redis.call('HMGET', key, 'body', 'submitted')
+  local rest = redis.call('HMGET', key, 'body', 'submitted', 'trace')
   local payloads = {}
   if r.next > 0 then
     for _, item in ipairs(redis.call('XRANGE', journal_key(id), '-', '+')) do payloads[#payloads + 1] = item[2][2] end
   end
   out[#out + 1] = {id, r.epoch, r.attempts, rest[1], r.next, r.deadline - now, tonumber(rest[2]),
-                   now - tonumber(rest[2]), r.cost, payloads}
+                   now - tonumber(rest[2]), r.cost, payloads, rest[3] or ''}
   room, token_room = room - 1, token_room - r.cost
   if r.lane == 'batch' then batch_room, batch_token_room = batch_room - 1, batch_token_room - r.cost end
 end

@@ -9,18 +9,20 @@ from typing import Any, NoReturn
 
 import grpc
 
-from folkmoot.gateway import status
+from folkmoot import logs
+from folkmoot.gateway import status, tracing
 from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
+from folkmoot.gateway.lease_span import usage_of
 from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
-from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
+from folkmoot.gateway.queue import LANE_OF, ModelRecord, RequestQueue, Submission
 from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.tenancy import caller
-from folkmoot.gateway.validate import InvalidRequest, check, check_id, choose_model, estimate_tokens
+from folkmoot.gateway.validate import REQUEST_ID, InvalidRequest, check, check_id, choose_model, estimate_tokens
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     async def _accept(self, request: pb.GenerateRequest, call_remaining_s: float | None) -> Submission:
         """Validated, with id, cost and budget of time. Raises InvalidRequest, OtherTenant, StoreError."""
         who = caller()
+        if REQUEST_ID.fullmatch(request.request_id):
+            logs.bind(request_id=request.request_id)
         if who.tenant and request.tenant not in ("", who.tenant):
             raise OtherTenant
         request.tenant = who.tenant or request.tenant
@@ -127,6 +131,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         request.model = model.name
         if not request.request_id:
             request.request_id = secrets.token_hex(12)
+        _name(request)
         budget_s = self._settings.max_request_s
         if request.HasField("timeout_s"):
             budget_s = min(budget_s, request.timeout_s)
@@ -146,6 +151,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             gateway=self._reader.gateway,
             limits=who.limits,
             queue_timeout_s=self._queue_timeout_s,
+            trace=tracing.current().context,
         )
 
     async def _stream(self, stream: Stream, context: Context, ends_s: float, request_id: str) -> None:
@@ -170,11 +176,13 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         except TimeoutError:
             await context.write(pb.GenerateResponse(request_id=public(request_id), offset=stream.position))
             piece = await anext(stream)
+        tracing.current().event("first piece")
         piece.request_id = public(request_id)
         await context.write(piece)
         while not piece.HasField("finish"):
             piece = await anext(stream)
             await context.write(piece)
+        tracing.current().set(usage_of(piece))
         return piece
 
     def _left(self, on_disconnect: "pb.OnDisconnect", request_id: str, *, late: bool) -> None:
@@ -242,9 +250,24 @@ def _visible(lane: pb.LaneLoad) -> pb.LaneLoad:
     return lane
 
 
+def _name(request: pb.GenerateRequest) -> None:
+    """What the call is about, on its log lines and its span."""
+    logs.bind(request_id=request.request_id, tenant=request.tenant)
+    tracing.current().set(
+        {
+            "gen_ai.request.model": request.model,
+            "folkmoot.request_id": request.request_id,
+            "folkmoot.tenant": request.tenant,
+            "folkmoot.lane": LANE_OF[request.lane],
+        }
+    )
+
+
 def _named(request_id: str) -> str:
     """The store's name of a request of the caller's. Raises InvalidRequest for what no id can be."""
     check_id(request_id)
+    logs.bind(request_id=request_id)
+    tracing.current().set({"folkmoot.request_id": request_id})
     return caller().scoped(request_id)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.checkpoints import tiny
 from folkmoot.gateway.client import Client
+from tests.otlp import Collector
 
 UP_TIMEOUT_S = 240.0
 FLOAT32 = ("--dtype", "float32", "--max-model-len", "512")
@@ -65,6 +66,8 @@ class Cluster:
     state_dir: Path
     marker: str
     name: str = "default"
+    variables: dict[str, str] = field(default_factory=dict)
+    """more of its environment"""
 
     def command(self, *arguments: str) -> list[str]:
         """A `folkmoot` command for this cluster."""
@@ -89,7 +92,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Marks every process that comes of it."""
         Path(temp_of(self.marker)).mkdir(exist_ok=True)
-        return {**os.environ, MARKER: self.marker, "TMPDIR": temp_of(self.marker)}
+        return {**os.environ, **self.variables, MARKER: self.marker, "TMPDIR": temp_of(self.marker)}
 
     def up(self, *arguments: str) -> None:
         """Start it in the background, and wait until it is ready."""
@@ -107,6 +110,13 @@ class Cluster:
         """The gateway's."""
         address: str = json.loads((self.state_dir / self.name / "state.json").read_text())["gateway"]
         return address
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """What its processes have logged in JSON, Ray's actors too."""
+        run_dir = Path(json.loads((self.state_dir / self.name / "state.json").read_text())["run_dir"])
+        files = [*(self.state_dir / self.name / "logs").glob("*.log"), *(run_dir / "ray").rglob("worker-*.err")]
+        lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+        return [json.loads(line) for line in lines if line.startswith('{"time": ')]
 
     def client(self) -> Client:
         """A gRPC client; close it."""
@@ -126,9 +136,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(state_dir: Path, *arguments: str) -> Iterator[Cluster]:
+def running(state_dir: Path, *arguments: str, **variables: str) -> Iterator[Cluster]:
     """A cluster that is up while the context is open; asserts at its end that no process is left."""
-    cluster = Cluster(state_dir, secrets.token_hex(4))
+    cluster = Cluster(state_dir, secrets.token_hex(4), variables=variables)
     cluster.up(*arguments)
     yield cluster
     cluster.down()
@@ -136,10 +146,18 @@ def running(state_dir: Path, *arguments: str) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more."""
-    options = ("--model", str(mixtral), "--hosts", "4", "--replicas", "3", *FLOAT32)
-    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
+def collector() -> Iterator[Collector]:
+    """Has the spans of `cluster`."""
+    with Collector() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def cluster(mixtral: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """4 expert hosts, 3 replicas of each expert, one engine. Tests may kill two hosts of it, and no more. It makes
+    traces, and logs in JSON."""
+    options = ("--model", str(mixtral), "--hosts", "4", "--replicas", "3", "--log-format", "json", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options, **collector.environment) as cluster:
         yield cluster
 
 

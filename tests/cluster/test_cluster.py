@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from benchmarks.checkpoints import tiny
 from folkmoot.cluster.processes import is_alive
@@ -20,6 +23,7 @@ from folkmoot.experts import secret
 from folkmoot.gateway.batch_client import Batches
 from folkmoot.gateway.client import Cancelled, Client, DeadlineExceeded, InvalidRequest
 from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, temp_of
+from tests.otlp import Collector
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +140,40 @@ def test_a_batch_answers_and_scores_as_the_same_requests_alone(client: Client) -
     assert first is None and "8" in second and "9" in third and choices["ids"]["text"] == ""
 
 
+def test_a_request_is_one_trace_from_the_caller_to_vllm(client: Client, collector: Collector) -> None:
+    provider = TracerProvider(ALWAYS_ON)
+    with trace.use_span(provider.get_tracer("caller").start_span("question")) as question:
+        answer = tokens(client, max_tokens=6, request_id=(request_id := f"traced-{secrets.token_hex(4)}"))
+    above = question.get_span_context()
+    call, lease, inside = collector.wait(lambda span: span.trace_id == f"{above.trace_id:032x}", 3)
+    assert [span.name for span in (call, lease, inside)] == ["folkmoot.v1.Folkmoot/Generate", "lease", "llm_request"]
+    assert (call.parent_id, lease.parent_id) == (f"{above.span_id:016x}", call.span_id)
+    assert inside.parent_id == lease.span_id
+    assert call.attributes["folkmoot.request_id"] == lease.attributes["folkmoot.request_id"] == request_id
+    assert lease.attributes["gen_ai.usage.output_tokens"] == len(answer) == 6
+    assert inside.attributes["gen_ai.usage.completion_tokens"] == 6
+    assert inside.attributes["gen_ai.latency.time_in_model_inference"] > 0
+
+
+def test_log_lines_have_ids_and_hold_no_prompt_and_no_answer(cluster: Cluster, client: Client) -> None:
+    """One line of each kind of process; those about a request say which; what was asked and said is in none."""
+    secret_words, request_id = f"hunter{secrets.token_hex(6)}", f"logged-{secrets.token_hex(4)}"
+    said = client.generate_text(secret_words, temperature=0.0, max_tokens=24, ignore_eos=True)
+    with pytest.raises(InvalidRequest):
+        client.generate_text(f"{secret_words} " * 500, request_id=request_id)
+    with pytest.raises(InvalidRequest):
+        client.generate_text(secret_words, temperature=-1.0, request_id=f"{request_id}-too")
+    lines = cluster.log_lines()
+    assert {line["part"] for line in lines} >= {"up", "warm", "gateway", "router", "engine", "host", "expert-actor"}
+    about = {line.get("request_id"): line for line in lines}
+    assert about[request_id]["trace_id"] and about[request_id]["message"].startswith("ended with INVALID_ARGUMENT")
+    assert about[f"{request_id}-too"]["message"] == "ended with INVALID_ARGUMENT: sampling.temperature"
+    assert any(line["part"] == "engine" and line.get("request_id") == request_id for line in lines)
+    logs = cluster.state_dir / cluster.name / "logs"
+    everything = "".join(f.read_text(errors="replace") for f in logs.glob("*.log")) + json.dumps(lines)
+    assert secret_words not in everything and said not in everything
+
+
 def test_many_at_once_get_what_each_gets_alone(client: Client) -> None:
     prompts = [f"{PROMPT} {n}" for n in range(16)]
     alone = [tokens(client, prompt) for prompt in prompts]
@@ -224,13 +262,16 @@ def test_a_killed_router_comes_back_and_finds_the_same_hosts(cluster: Cluster, c
 
 
 @pytest.mark.parametrize("with_actor", [False, True], ids=["host", "host-and-actor"])
-def test_a_host_killed_in_mid_answer_changes_no_token(cluster: Cluster, client: Client, with_actor: bool) -> None:
+def test_a_host_killed_in_mid_answer_changes_no_token(
+    cluster: Cluster, client: Client, collector: Collector, with_actor: bool
+) -> None:
     expected = tokens(client, max_tokens=120)
     before = cluster.status()
     victim = max((h for h in before["hosts"] if h["alive"]), key=lambda h: h["rows"])
     answer: list[int] = []
     after_kill = 0
-    for chunk in client.generate(PROMPT, temperature=0.0, max_tokens=120, ignore_eos=True):
+    request_id = f"failover-{secrets.token_hex(4)}"
+    for chunk in client.generate(PROMPT, temperature=0.0, max_tokens=120, ignore_eos=True, request_id=request_id):
         answer += chunk.token_ids
         if len(answer) >= 40 and not after_kill:
             os.kill(victim["pid"], signal.SIGKILL)
@@ -240,6 +281,11 @@ def test_a_host_killed_in_mid_answer_changes_no_token(cluster: Cluster, client: 
     assert not is_alive(victim["pid"])
     assert after_kill > 10, "most of the answer came after the kill"
     assert answer == expected
+    (lease,) = collector.wait(lambda span: span.attributes.get("folkmoot.request_id") == request_id and
+                              span.name == "lease")  # fmt: skip
+    assert [(name, about["folkmoot.host"]) for name, about in lease.events] == [("expert host dropped", victim["host"])]
+    assert any(line["part"] == "engine" and f"expert host {victim['host']} " in line["message"]
+               and "dropped" in line["message"] for line in cluster.log_lines())  # fmt: skip
 
     def is_replaced() -> bool:
         now = cluster.status()

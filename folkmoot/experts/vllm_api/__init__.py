@@ -9,6 +9,7 @@ parent that forks either. Each name is imported when it is first used, because i
     hosted.py      host side: vLLM's own loader and kernels over a subset of experts
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
     lanes.py       a scheduler in which batch requests step back for interactive ones
+    traces.py      vLLM's own spans
     private.py     the list of private names relied on, and the check that names what a new version broke
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
     from folkmoot.experts.vllm_api.runtime import preimport
+    from folkmoot.experts.vllm_api.traces import trace_requests
 
 _HOME = {
     "Dispatch": "engine",
@@ -36,6 +38,7 @@ _HOME = {
     "VLLM_VERSION": "private",
     "broken_names": "private",
     "preimport": "runtime",
+    "trace_requests": "traces",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "install",
     "load_experts",
     "preimport",
+    "trace_requests",
     "use_two_lanes",
 ]
 
