@@ -5,18 +5,18 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
-from folkmoot.gateway import status
+from folkmoot.gateway import metrics, status
 from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
 from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
-from folkmoot.gateway.queue import ModelRecord, RequestQueue, Submission
+from folkmoot.gateway.queue import LANE_OF, ModelRecord, RequestQueue, Submission
 from folkmoot.gateway.readiness import ready_engines
 from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.tenancy import caller
@@ -46,6 +46,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Submit, then stream until the last piece."""
+        metrics.current().lane = LANE_OF.get(request.lane, "")
         try:
             on_disconnect = request.on_disconnect
             submission = await self._accept(request, context.time_remaining())
@@ -58,7 +59,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                 stream.close()
                 raise
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         stream.live = True
         ends_s = time.monotonic() + submission.remaining_s
         try:
@@ -75,7 +76,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             request_id = _named(request.request_id)
             stream = await self._reader.follow(request_id, request.offset)
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         try:
             await self._stream(stream, context, time.monotonic() + self._settings.max_request_s, request_id)
         finally:
@@ -88,21 +89,21 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             found.request_id = request.request_id
             return found
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a request."""
         try:
             return pb.CancelResponse(was_running=await self._queue.cancel(_named(request.request_id)))
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """All models with their engines and load."""
         try:
             return pb.ListModelsResponse(models=await self._list_models())
         except GatewayError as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def GetClusterStatus(
         self, request: pb.GetClusterStatusRequest, context: Context
@@ -114,7 +115,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             models = await self._list_models()
             return pb.GetClusterStatusResponse(json=document, models=models, experts_json=experts)
         except GatewayError as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     # ----------------------------------------------------------------------------------------- behind it
 
@@ -157,13 +158,13 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                 piece = await self._write_pieces(stream, context, request_id)
         except TimeoutError:
             self._keep(self._settle_late(request_id))
-            await _abort(context, LATE)
+            await status.abort(context, LATE)
         except UnknownRequest as e:
-            await _abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
+            await status.abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
         except GatewayStopping as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         if piece.finish.code:
-            await _abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
+            await status.abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
 
     async def _write_pieces(self, stream: Stream, context: Context, request_id: str) -> pb.GenerateResponse:
         try:
@@ -172,11 +173,14 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         except TimeoutError:
             await context.write(pb.GenerateResponse(request_id=public(request_id), offset=stream.position))
             piece = await anext(stream)
+        call = metrics.current()
         piece.request_id = public(request_id)
         await context.write(piece)
+        call.wrote(len(piece.token_ids))
         while not piece.HasField("finish"):
             piece = await anext(stream)
             await context.write(piece)
+            call.wrote(len(piece.token_ids))
         return piece
 
     def _left(self, on_disconnect: "pb.OnDisconnect", request_id: str, *, late: bool) -> None:
@@ -248,8 +252,3 @@ def _named(request_id: str) -> str:
     """The store's name of a request of the caller's. Raises InvalidRequest for what no id can be."""
     check_id(request_id)
     return caller().scoped(request_id)
-
-
-async def _abort(context: Context, what: status.Status) -> NoReturn:
-    await context.abort(what.code, what.message, what.trailing)
-    raise AssertionError("abort returned")
