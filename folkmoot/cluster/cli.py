@@ -19,7 +19,7 @@ from folkmoot.cluster.cli_common import (
 )
 from folkmoot.cluster.launch import StartError
 from folkmoot.cluster.placement import PlacementError
-from folkmoot.cluster.state_file import AlreadyRunning
+from folkmoot.cluster.state_file import AlreadyRunning, StateFolder
 from folkmoot.gateway.client_errors import FolkmootError
 
 
@@ -76,6 +76,8 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
 
     with _client(gateway, name, state_dir) as client:
         document = status_view.fetch(client)
+    state = StateFolder(name, state_dir).read() if gateway is None else None
+    document["metrics"] = None if state is None else state.metrics
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:

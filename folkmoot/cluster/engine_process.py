@@ -14,8 +14,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ class EngineSpec:
     stall_s: float
     no_replica_timeout_s: float
     grace_s: float
+    metrics_dir: str | None
+    """where the node's endpoint hears of this process (folkmoot.gateway.metrics_server); None: no metrics"""
 
 
 class MapState:
@@ -217,11 +220,32 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         maps.on_no_replica(lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator, maps))
         try:
-            await generator.run(holder, stopping)
-            await generator.drain(spec.grace_s)
+            async with _metrics(spec, holder, generator):
+                await generator.run(holder, stopping)
+                await generator.drain(spec.grace_s)
         finally:
             await cancel([saying, reporting])
     llm.shutdown()
+
+
+@asynccontextmanager
+async def _metrics(spec: EngineSpec, holder: Any, generator: Any) -> AsyncIterator[None]:
+    """This process's metrics are offered. That they cannot be is no reason not to serve."""
+    if spec.metrics_dir is None:
+        yield
+        return
+    from folkmoot.cluster import metrics_engine
+    from folkmoot.gateway.metrics_server import offering
+
+    async def text() -> bytes:
+        return metrics_engine.text(spec.engine, holder, asdict(generator.counters))
+
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(offering(spec.engine, text, Path(spec.metrics_dir)))
+        except OSError as e:
+            log.warning("no metrics are offered: %s", e)
+        yield
 
 
 def _load(spec: EngineSpec) -> Any:
@@ -251,14 +275,14 @@ def _load(spec: EngineSpec) -> Any:
         # Not in chunks: for an unfinished prefill vLLM 0.32 takes the draw of a seeded request back by its generator's
         # offset, which that of a CPU has not. It raises, and the core ends.
         enable_chunked_prefill=False if on_cpu else None,
-        disable_log_stats=True,
+        disable_log_stats=spec.metrics_dir is None,
         **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
     if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=spec.metrics_dir is None)
 
 
 def _batch_room(spec: EngineSpec, llm: Any) -> "Room":

@@ -67,6 +67,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
     if (scaling := document["autoscaling"])["least"] != scaling["most"]:
         console.print(_scaling_line(scaling), markup=False)
     console.print(_engines_table(document["engines"]))
+    if document.get("metrics"):
+        console.print(f"metrics for Prometheus: {document['metrics']}")
 
 
 def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts") -> Table:

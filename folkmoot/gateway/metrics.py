@@ -73,7 +73,7 @@ class Metric:
             family.add_metric(labels, value)
         return family
 
-    def of(self, value: float, *labels: str) -> Family:
+    def of(self, value: Value, *labels: str) -> Family:
         """With one sample."""
         return self.family([(labels, value)])
 

@@ -65,6 +65,13 @@ async def serving(
         yield
 
 
+@contextlib.asynccontextmanager
+async def offering(name: str, produce: Produce, folder: Path) -> AsyncIterator[None]:
+    """Only lets the others of the folder speak for this process, for as long as the block runs. Raises OSError."""
+    async with _Node(name, produce, folder).offered():
+        yield
+
+
 async def _contend(listen: str, node: "_Node", said: Callable[[str], None]) -> None:
     told = False
     while True:
