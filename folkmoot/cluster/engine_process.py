@@ -36,6 +36,7 @@ TITLE = "folkmoot::Engine"
 """What such a process is called in a list of processes."""
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
+ASK_TIMEOUT_S = 0.5
 GIVE_BACK_S = 2.0
 BATCH_SHARE = 3
 """quarters of an engine's slots and KV cache that batch requests may hold"""
@@ -86,6 +87,8 @@ class MapState:
         self._lock = threading.Lock()
         self._map: ExpertMap | None = None
         self._dead: set[tuple[str, int]] = set()
+        self._counts: dict[str, Any] = {}
+        self._counted = threading.Event()
         self._end_requests: Callable[[str], Coroutine[Any, Any, int]] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._feed = MapFeedServer(Path(spec.feed), self._on_event) if spec.feed is not None else None
@@ -110,6 +113,15 @@ class MapState:
         if self._feed is not None:
             self._feed.tell({"ask": "rows"})
 
+    def dispatch_counts(self) -> dict[str, Any]:
+        """What the dispatcher has done since its start (`Dispatcher.counts`), asked for now; where it does not answer
+        in ASK_TIMEOUT_S, what it said last. Blocks."""
+        if self._feed is not None:
+            self._counted.clear()
+            self._feed.tell({"ask": "counts"})
+            self._counted.wait(ASK_TIMEOUT_S)
+        return self._counts
+
     def on_no_replica(self, end_requests: Callable[[str], Coroutine[Any, Any, int]]) -> None:
         """From now on, when the dispatcher has waited in vain for an expert's replica: end_requests(reason), on the
         event loop that calls this; the dispatcher waits until it has ended, and hears its result."""
@@ -119,7 +131,10 @@ class MapState:
         """From the dispatcher, on the feed's thread."""
         if event.get("event") == "host_dead":  # counts at once: the expert router may be away
             self._look(None, (event["host"], event["incarnation"]))
-        if event.get("event") != "no_replica":
+        if event.get("event") == "counts":
+            self._counts = event
+            self._counted.set()
+        elif event.get("event") != "no_replica":
             self._control.send(event)
         elif self._end_requests is not None and self._loop is not None:
             ending = asyncio.run_coroutine_threadsafe(self._end_requests(str(event["reason"])), self._loop)
@@ -220,7 +235,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         maps.on_no_replica(lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator, maps))
         try:
-            async with _metrics(spec, holder, generator):
+            async with _metrics(spec, maps, holder, generator):
                 await generator.run(holder, stopping)
                 await generator.drain(spec.grace_s)
         finally:
@@ -229,7 +244,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
 
 
 @asynccontextmanager
-async def _metrics(spec: EngineSpec, holder: Any, generator: Any) -> AsyncIterator[None]:
+async def _metrics(spec: EngineSpec, maps: MapState, holder: Any, generator: Any) -> AsyncIterator[None]:
     """This process's metrics are offered. That they cannot be is no reason not to serve."""
     if spec.metrics_dir is None:
         yield
@@ -238,7 +253,8 @@ async def _metrics(spec: EngineSpec, holder: Any, generator: Any) -> AsyncIterat
     from folkmoot.gateway.metrics_server import offering
 
     async def text() -> bytes:
-        return metrics_engine.text(spec.engine, holder, asdict(generator.counters))
+        dispatch = await asyncio.to_thread(maps.dispatch_counts)
+        return metrics_engine.text(spec.engine, holder, asdict(generator.counters), dispatch)
 
     async with AsyncExitStack() as stack:
         try:
