@@ -1,7 +1,8 @@
 """Where a running cluster is written down: one folder a name, under XDG_STATE_HOME/folkmoot.
 
 <root>/<name>/state.json   phase, supervisor's pid, gateway's address
-<root>/<name>/metrics.json  where to scrape, as Prometheus' file_sd_configs reads it
+<root>/<name>/metrics.json where to scrape, as Prometheus' file_sd_configs reads it
+<root>/prometheus.yml      a configuration for Prometheus that finds these files of all clusters
 <root>/<name>/lock         held by the supervisor for as long as it lives, whatever kills it
 <root>/<name>/logs/        one file a process
 <root>/<name>/store/       the embedded request store's data
@@ -13,6 +14,17 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+PROMETHEUS = """\
+# Written by `folkmoot up`. prometheus --config.file=THIS FILE scrapes every cluster that runs beside it.
+global:
+  scrape_interval: 5s
+scrape_configs:
+  - job_name: folkmoot
+    file_sd_configs:
+      - files: ["*/metrics.json"]
+        refresh_interval: 10s
+"""
 
 PHASES = ("starting", "ready", "stopping", "failed")
 
@@ -126,6 +138,7 @@ class StateFolder:
         target = state.metrics.removeprefix("http://").partition("/")[0]
         found = [{"targets": [target], "labels": {"cluster": self.name}}]
         _replace(self._scrapes, json.dumps(found, indent=2) + "\n")
+        _replace(self.path.parent / "prometheus.yml", PROMETHEUS)
 
     def read(self) -> ClusterState | None:
         """What was written last; None if nothing was."""

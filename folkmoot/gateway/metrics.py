@@ -156,7 +156,6 @@ class GatewayCounts:
             FIRST_TOKEN_SECONDS.family(_alone(self.first_token_s)),
             INTER_TOKEN_SECONDS.family(_alone(self.inter_token_s)),
             TOKENS.family(self.tokens.items()),
-            REFUSALS.family(_alone(self.refusals)),
         ]
 
 

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric as Family
 from folkmoot.gateway import metrics
 from folkmoot.gateway.metrics import GatewayCounts, exposition
 from folkmoot.gateway.metrics_queue import QueueFigures, families
-from folkmoot.gateway.status import REASONS
+from folkmoot.gateway.status import ALL_REASONS, REASONS
 from folkmoot.gateway.store import Store
 from folkmoot.gateway.tls import Certificates
 
@@ -32,8 +32,7 @@ class GatewayMetrics:
         counts = self._store.counts
         yield metrics.STORE_UP.of(float(is_up))
         yield metrics.STORE_SECONDS.family(((script,), found) for script, found in counts.took_s.items())
-        yield metrics.STORE_ERRORS.family(
-            ((REASONS[kind].removeprefix("STORE_"),), number) for kind, number in counts.failures.items()
-        )
+        yield metrics.STORE_ERRORS.family(((reason,), counts.failures[kind]) for kind, reason in REASONS.items())
+        yield metrics.REFUSALS.family(((reason,), self._counts.refusals[reason]) for reason in ALL_REASONS)
         if self._certificates is not None:
             yield metrics.CERTIFICATES.family(((name,), number) for name, number in self._certificates.reads.items())

@@ -38,6 +38,8 @@ REASONS: dict[type[errors.StoreError], str] = {
     errors.StoreDiskFull: "STORE_DISK_FULL",
     errors.StoreRefused: "STORE_REFUSED",
 }
+ALL_REASONS = ("QUEUE_FULL", "TENANT_LIMIT", "TOO_MANY_CALLS", "GATEWAY_STOPPING", *REASONS.values())
+"""What ErrorInfo.reason may say."""
 
 
 @dataclass(frozen=True)
