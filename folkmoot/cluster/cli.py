@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, cli_batch, cli_keys, cli_simulate, cli_up, interrupts
+from folkmoot.cluster import cli_admin, cli_batch, cli_experts, cli_keys, cli_simulate, cli_up, interrupts
 from folkmoot.cluster.cli_common import (
     F,
     Failure,
@@ -20,7 +20,7 @@ from folkmoot.cluster.cli_common import (
 )
 from folkmoot.cluster.launch import StartError
 from folkmoot.cluster.placement import PlacementError
-from folkmoot.cluster.state_file import AlreadyRunning
+from folkmoot.cluster.state_file import AlreadyRunning, StateFolder
 from folkmoot.gateway.client_errors import FolkmootError
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 for command in (
     *(cli_up.up, cli_up.down),
     *(cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll),
-    *(cli_batch.batch, cli_keys.keys, cli_simulate.simulate),
+    *(cli_batch.batch, cli_keys.keys, cli_simulate.simulate, cli_experts.experts),
 ):
     main.add_command(command)
 
@@ -82,7 +82,7 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
 
     with _client(gateway, name, state_dir) as client:
         if not watch:
-            document = status_view.fetch(client)
+            document = {**status_view.fetch(client), "metrics": _metrics_at(gateway, name, state_dir)}
             if as_json:
                 click.echo(json.dumps(document, indent=2))
             else:
@@ -91,6 +91,12 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
             live.repeat(every_s, lambda: click.echo(json.dumps(status_view.fetch(client))))
         else:
             live.watch(console, every_s, status_view.Watch(lambda: status_view.fetch(client)).frame)
+
+
+def _metrics_at(gateway: str | None, name: str, state_dir: Path | None) -> str | None:
+    """Where a cluster of this machine offers its metrics."""
+    state = StateFolder(name, state_dir).read() if gateway is None else None
+    return None if state is None else state.metrics
 
 
 @main.command()

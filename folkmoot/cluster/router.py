@@ -18,9 +18,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from folkmoot import logs
-from folkmoot.cluster import environment
+from folkmoot.cluster import environment, metrics_node, metrics_router
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
+from folkmoot.cluster.balance_loads import at, counted, no_loads
 from folkmoot.cluster.charge import Charge
 from folkmoot.cluster.healing import is_settled, phase_of
 from folkmoot.cluster.operation_runner import OperationRunner
@@ -47,7 +48,9 @@ from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.status import document
 from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
+from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.gateway.errors import StoreError
+from folkmoot.gateway.metrics import exposition
 from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.store import Store
@@ -60,6 +63,8 @@ STATUS_EVERY_S = 1.0
 DEPLOY_EVERY_S = 1.0
 STATUS_PAUSE_S = 0.1
 STATUS_TTL_S = 10.0
+ROWS_EVERY_S = 2.0
+ROWS_TTL_S = 3600.0
 QUIET = (Tick, SlotsSeen, MapSeen, EngineReported, HostLoad)
 """Events that come all the time, and are not logged."""
 
@@ -74,6 +79,8 @@ class ExpertRouter:
         self._store = Store(spec.redis, spec.store_namespace)
         self._wishes = WishStore(self._store, spec)
         self._state = initial(spec.moe_layers, spec.num_experts, first_wish(spec))
+        self._loads = no_loads(spec.moe_layers, spec.num_experts, spec.load_half_life_s)
+        self._counts = metrics_router.RouterCounts()
         self._changed = asyncio.Condition()
         self._slots = RaySlots(spec)
         self._actors = ActorPool(spec, self._slots)
@@ -91,8 +98,10 @@ class ExpertRouter:
             lambda wish: self.report(Wished(wish)),
             lambda: self._charge.is_ours,
         )
-        for work in (self._run(), self._publish_status(), self._deploy_engines(), self._autoscaler.run()):
+        for work in (self._run(), self._publish_status(), self._publish_rows(), self._deploy_engines()):
             self._keep(work)
+        self._keep(self._autoscaler.run())
+        self._keep(metrics_node.keep_serving(spec, "router", self._metrics))
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
         """The expert map as JSON once there is a newer one than `known_version` (-1: none); None after the time-out."""
@@ -112,6 +121,7 @@ class ExpertRouter:
         """Take an event into the state, and do what the new state demands."""
         before = self._state
         self._state = apply(event, apply(Tick(time.time()), before))
+        self._counts.saw(event, before, self._state)
         if not isinstance(event, QUIET):
             log.info("%s", event)
         self._act()
@@ -119,9 +129,24 @@ class ExpertRouter:
             async with self._changed:
                 self._changed.notify_all()
 
+    def report_rows(self, engine: str, rows: dict[str, Any]) -> None:
+        """What an engine's dispatcher has counted since its start: `ExpertRows` as JSON data."""
+        try:
+            self._loads = counted(self._loads, engine, ExpertRows.from_json(rows), time.time())
+        except (KeyError, TypeError, ValueError) as e:
+            log.warning("the rows of %s cannot be used: %s", engine, e)
+
+    def expert_rows(self) -> dict[str, Any]:
+        """Rows of each logical expert, in all and lately, as JSON data: arrays [layer][expert]."""
+        return at(self._loads, time.time()).document()
+
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
         return document(self._spec, self._state, self._error, self._autoscaler.document())
+
+    async def _metrics(self) -> bytes:
+        of_router = metrics_router.families(self._state, self._counts, self._autoscaler.engines)
+        return exposition([*of_router, *metrics_node.of_process()])
 
     def engines_wanted(self) -> int | None:
         """How many engines the autoscaler finds right; None: it does not know yet."""
@@ -292,3 +317,15 @@ class ExpertRouter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
                     await self._changed.wait()
+
+    async def _publish_rows(self) -> None:
+        """Where there were new ones: write the rows of each expert where gateways find them."""
+        queue, written = RequestQueue(self._store), self._loads
+        while True:
+            await asyncio.sleep(ROWS_EVERY_S)
+            if (loads := self._loads) is not written and self._charge.is_ours:
+                try:
+                    await queue.set_expert_rows(json.dumps(loads.document(), separators=(",", ":")), ROWS_TTL_S)
+                    written = loads
+                except StoreError as e:
+                    log.warning("the rows of the experts could not be written: %s", e)

@@ -1,9 +1,10 @@
 """The side channel by which a dispatcher gets new expert maps and tells what it saw.
 
 A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
-thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host",
-"incarnation", "reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}. Also up:
-{"event": "no_replica", "reason"}, which asks to end all running requests; {"ended": number} down says that they are.
+thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"} and {"event": "host_dead", "host",
+"incarnation", "reason"}. Down {"ask": "rows"} is answered by {"event": "rows", ...}, the rows of each logical expert
+(expert_rows.py), and {"ask": "counts"} alike by what was done (dispatch_counts.py). Also up: {"event": "no_replica",
+"reason"}, which asks to end all running requests; {"ended": number} down says that they are.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ SEND_TIMEOUT = struct.pack("ll", 1, 0)
 
 
 class MapFeed:
-    """Calls `on_map` (from its own thread) with each map that arrives, and sends events up. Reconnects for ever."""
+    """Calls `on_map` with each map that arrives, and one of `answers` when it is asked (both on its own thread), and
+    sends events up. Reconnects for ever."""
 
-    def __init__(self, path: str, on_map: Callable[[ExpertMap], None]) -> None:
-        self._path, self._on_map = path, on_map
+    def __init__(
+        self, path: str, on_map: Callable[[ExpertMap], None], answers: Mapping[str, Callable[[], dict[str, Any]]]
+    ) -> None:
+        self._path, self._on_map, self._answers = path, on_map, answers
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self._unsent: list[dict[str, Any]] = []
@@ -98,12 +102,17 @@ class MapFeed:
             for line in lines:
                 try:
                     message = json.loads(line)
-                    if "ended" in message:
-                        self._ended.set()
-                    else:
-                        self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
+                    self._take(message)
                 except Exception:
                     log.exception("a message of the map feed could not be used")
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "ended" in message:
+            self._ended.set()
+        elif "ask" in message:
+            self.send({"event": message["ask"], **self._answers[message["ask"]]()})
+        else:
+            self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
 
 
 def read_map(path: str) -> ExpertMap:
