@@ -179,7 +179,7 @@ def main() -> None:
         if find_program("prometheus") is None:
             p.error("no prometheus is at hand (Debian: apt-get install prometheus)")
         return show(options.picture, 10.0 if options.quick else 60.0)
-    times, seconds = (2, 0.7) if options.quick else (9, 3.0)
+    times, seconds = (2, 0.5) if options.quick else (30, 1.5)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
         store = stack.enter_context(EmbeddedStore(folder / "store"))
@@ -194,7 +194,7 @@ def main() -> None:
             model = tiny("mixtral", Path(name) / "model")
             without = (*CLUSTER, "--metrics", OFF)
             with Cluster(model, CLUSTER, name="on") as one, Cluster(model, without, name="off") as two:
-                found["cluster"] = asyncio.run(of_clusters(one, two, times, 2 * seconds))
+                found["cluster"] = asyncio.run(of_clusters(one, two, times // 2, 2 * seconds))
     report(found, options.json)
 
 
