@@ -60,8 +60,8 @@ async def serving(
         else:
             try:
                 await stack.enter_async_context(await _listen(listen, node, said))
-            except OSError as e:
-                raise MetricsAddressTaken(f"cannot listen on {listen}: {e.strerror or e}") from e
+            except (OSError, OverflowError) as e:  # the latter for a port beyond the last one
+                raise MetricsAddressTaken(f"cannot listen on {listen}: {getattr(e, 'strerror', None) or e}") from e
         yield
 
 

@@ -106,7 +106,7 @@ def test_hosts_tell_their_reports_by_host_and_layer() -> None:
         "layers": {"0": {"rows": 10, "busy_s": 0.5}, "3": {"rows": 20, "busy_s": 1.0}},
     }
     hosts = [
-        HostFigures("host-0", 6, 100, 40, 0.5, Usage(7, 8, 9.5), load),
+        HostFigures("host-0", 6, 100, 40, 0.5, Usage(7, 8, 9, 9.5), load),
         HostFigures("host-1", 2, 50, 0, 0.25),
     ]
     now = Scrape(exposition(metrics_hosts.families(hosts)).decode())
@@ -117,7 +117,8 @@ def test_hosts_tell_their_reports_by_host_and_layer() -> None:
     assert now("folkmoot_host_calls_total", host="host-1") == 0, "it has not reported yet"
     assert now("folkmoot_host_weights_bytes", kind="private") == 60 + 50
     assert now("folkmoot_host_weights_bytes", kind="shared") == 40
-    assert now("folkmoot_host_resident_bytes", host="host-0", kind="private") == 7
+    sizes = [now("folkmoot_host_resident_bytes", host="host-0", kind=kind) for kind in ("anonymous", "file", "shmem")]
+    assert sizes == [7, 8, 9]
     assert now("folkmoot_host_cpu_seconds_total", host="host-0") == 9.5
     assert now("folkmoot_host_experts") == 8
 
@@ -130,7 +131,7 @@ def test_what_the_kernel_says_of_a_process() -> None:
         child.stdout.readline()
         usage = usage_of(child.pid)
         child.kill()
-    assert 64 << 20 < usage.private < 256 << 20 and usage.shared > 0
+    assert 64 << 20 < usage.anonymous < 256 << 20 and usage.file > 0
     assert 0.01 <= usage.cpu_s < 60
     assert usage_of(child.pid) == Usage()
 
