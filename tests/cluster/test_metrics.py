@@ -218,11 +218,11 @@ def test_prometheus_finds_clusters_by_their_folders(tmp_path: Path) -> None:
     folder.acquire()
     folder.write(ClusterState("x", "ready", os.getpid(), metrics="http://127.0.0.1:9464/metrics"))
     folder.write_scrapes()
-    found = json.loads((tmp_path / "x" / "metrics.json").read_text())
+    found = json.loads((tmp_path / "x.metrics.json").read_text())
     assert found == [{"targets": ["127.0.0.1:9464"], "labels": {"cluster": "x"}}]
-    assert '"*/metrics.json"' in (tmp_path / "prometheus.yml").read_text()
+    assert '"*.metrics.json"' in (tmp_path / "prometheus.yml").read_text()
     folder.release()
-    assert not (tmp_path / "x" / "metrics.json").exists()
+    assert not (tmp_path / "x.metrics.json").exists()
 
 
 def test_a_cluster_without_metrics_leaves_nothing_to_find(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_cluster_without_metrics_leaves_nothing_to_find(tmp_path: Path) -> Non
     folder.acquire()
     folder.write(ClusterState("x", "ready", os.getpid()))
     folder.write_scrapes()
-    assert not (tmp_path / "x" / "metrics.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
     folder.release()
 
 
