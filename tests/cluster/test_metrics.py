@@ -234,7 +234,7 @@ def test_a_cluster_without_metrics_leaves_nothing_to_find(tmp_path: Path) -> Non
     folder.release()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "9464", "host:port", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.0.0.1:65536", "9464", "host:port", ""])
 def test_an_application_has_a_port_that_is_known(address: str) -> None:
     with pytest.raises(ValueError, match="metrics: must be HOST:PORT"):
         app.parse({"model": "/m", "metrics": address})
