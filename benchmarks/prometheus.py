@@ -151,7 +151,8 @@ def picture(prometheus: Prometheus, begin_s: float, end_s: float, path: Path) ->
                 counts[f"{panel.row}: {panel.title}"] += 1
         axis.set_title(panel.title, fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.legend(fontsize=5, loc="upper left", ncols=2)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=5, loc="upper left", ncols=2)
     for axis in axes.flat[len(asked) :]:
         axis.axis("off")
     figure.tight_layout()

@@ -266,8 +266,8 @@ class Supervisor:
             return OFF
         try:
             self._metrics = metrics_node.hold(wanted)
-        except OSError as e:
-            raise StartError(f"--metrics {wanted}: {e.strerror or e}") from e
+        except (OSError, OverflowError) as e:  # the latter for a port beyond the last one
+            raise StartError(f"--metrics {wanted}: {getattr(e, 'strerror', None) or e}") from e
         return metrics_node.address_of(self._metrics, wanted)
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:

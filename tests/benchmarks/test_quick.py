@@ -22,6 +22,7 @@ KEYS = {
     },
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
     "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
+    "observe": {"metrics_on_over_off", "metrics_and_traces_on_over_off", "metrics_on_over_off_gateway_32"},
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
         *("tokens_different", "from_zero_first_token_s"),
