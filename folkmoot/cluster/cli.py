@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import cli_admin, cli_batch, cli_keys, cli_simulate, cli_up, interrupts
+from folkmoot.cluster import cli_admin, cli_batch, cli_experts, cli_keys, cli_simulate, cli_up, interrupts
 from folkmoot.cluster.cli_common import (
     F,
     Failure,
@@ -44,7 +44,7 @@ def main() -> None:
 for command in (
     *(cli_up.up, cli_up.down),
     *(cli_admin.scale, cli_admin.drain, cli_admin.replicate, cli_admin.roll),
-    *(cli_batch.batch, cli_keys.keys, cli_simulate.simulate),
+    *(cli_batch.batch, cli_keys.keys, cli_simulate.simulate, cli_experts.experts),
 ):
     main.add_command(command)
 

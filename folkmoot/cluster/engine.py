@@ -126,6 +126,9 @@ class Engine:
                 died = HostDied(host, incarnation, f"{self._engine}: {reason}")
                 self._router.report.remote(died)
                 return
+            case {"event": "rows", **rows}:
+                self._router.report_rows.remote(self._engine, rows)
+                return
             case _:
                 return
         self._tell_router()

@@ -105,6 +105,11 @@ class MapState:
             gone = [a.host for a in self._map.hosts.values() if (a.host, a.incarnation) in self._dead]
             self.is_complete = not missing(functools.reduce(remove_host, gone, self._map))
 
+    def ask_for_rows(self) -> None:
+        """Have the dispatcher say how many rows each expert has had; its answer goes to the owner as it is."""
+        if self._feed is not None:
+            self._feed.tell({"ask": "rows"})
+
     def listen(
         self, on_host_lost: Callable[[dict[str, Any]], None], end_requests: Callable[[str], Coroutine[Any, Any, int]]
     ) -> None:
@@ -220,7 +225,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
         saying = asyncio.create_task(keep_saying(queue, spec.engine, can_serve))
         maps.listen(generator.host_lost, lambda reason: generator.end_all(holder, reason))
-        reporting = asyncio.create_task(_report(control, generator))
+        reporting = asyncio.create_task(_report(control, generator, maps))
         try:
             await generator.run(holder, stopping)
             await generator.drain(spec.grace_s)
@@ -294,12 +299,13 @@ async def _wait_for_map(maps: MapState, stopping: asyncio.Event) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _report(control: Control, generator: Any) -> None:
-    """Once a second, if anything has changed: what this engine has done."""
+async def _report(control: Control, generator: Any, maps: MapState) -> None:
+    """Once a second, if anything has changed: what this engine has done, and which experts it took."""
     last: dict[str, Any] = {}
     while True:
         now = {**asdict(generator.counters), **generator.latencies.document()}
         if now != last:
             control.send({"event": "load", **now})
+            await asyncio.to_thread(maps.ask_for_rows)
             last = now
         await asyncio.sleep(REPORT_EVERY_S)

@@ -21,6 +21,7 @@ from folkmoot import logs
 from folkmoot.cluster import environment
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
+from folkmoot.cluster.balance_loads import at, counted, no_loads
 from folkmoot.cluster.charge import Charge
 from folkmoot.cluster.healing import is_settled, phase_of
 from folkmoot.cluster.operation_runner import OperationRunner
@@ -47,6 +48,7 @@ from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.cluster.status import document
 from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
+from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.queue import RequestQueue
@@ -60,6 +62,8 @@ STATUS_EVERY_S = 1.0
 DEPLOY_EVERY_S = 1.0
 STATUS_PAUSE_S = 0.1
 STATUS_TTL_S = 10.0
+ROWS_EVERY_S = 2.0
+ROWS_TTL_S = 3600.0
 QUIET = (Tick, SlotsSeen, MapSeen, EngineReported, HostLoad)
 """Events that come all the time, and are not logged."""
 
@@ -74,6 +78,7 @@ class ExpertRouter:
         self._store = Store(spec.redis, spec.store_namespace)
         self._wishes = WishStore(self._store, spec)
         self._state = initial(spec.moe_layers, spec.num_experts, first_wish(spec))
+        self._loads = no_loads(spec.moe_layers, spec.num_experts, spec.load_half_life_s)
         self._changed = asyncio.Condition()
         self._slots = RaySlots(spec)
         self._actors = ActorPool(spec, self._slots)
@@ -91,8 +96,9 @@ class ExpertRouter:
             lambda wish: self.report(Wished(wish)),
             lambda: self._charge.is_ours,
         )
-        for work in (self._run(), self._publish_status(), self._deploy_engines(), self._autoscaler.run()):
+        for work in (self._run(), self._publish_status(), self._publish_rows(), self._deploy_engines()):
             self._keep(work)
+        self._keep(self._autoscaler.run())
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
         """The expert map as JSON once there is a newer one than `known_version` (-1: none); None after the time-out."""
@@ -118,6 +124,17 @@ class ExpertRouter:
         if self._state.expert_map.version != before.expert_map.version or not before.is_publishable:
             async with self._changed:
                 self._changed.notify_all()
+
+    def report_rows(self, engine: str, rows: dict[str, Any]) -> None:
+        """What an engine's dispatcher has counted since its start: `ExpertRows` as JSON data."""
+        try:
+            self._loads = counted(self._loads, engine, ExpertRows.from_json(rows), time.time())
+        except (KeyError, TypeError, ValueError) as e:
+            log.warning("the rows of %s cannot be used: %s", engine, e)
+
+    def expert_rows(self) -> dict[str, Any]:
+        """Rows of each logical expert, in all and lately, as JSON data: arrays [layer][expert]."""
+        return at(self._loads, time.time()).document()
 
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
@@ -292,3 +309,15 @@ class ExpertRouter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
                     await self._changed.wait()
+
+    async def _publish_rows(self) -> None:
+        """Where there were new ones: write the rows of each expert where gateways find them."""
+        queue, written = RequestQueue(self._store), self._loads
+        while True:
+            await asyncio.sleep(ROWS_EVERY_S)
+            if (loads := self._loads) is not written and self._charge.is_ours:
+                try:
+                    await queue.set_expert_rows(json.dumps(loads.document(), separators=(",", ":")), ROWS_TTL_S)
+                    written = loads
+                except StoreError as e:
+                    log.warning("the rows of the experts could not be written: %s", e)

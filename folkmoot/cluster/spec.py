@@ -69,6 +69,8 @@ class ClusterSpec:
     (folkmoot.cluster.host_template)"""
     stall_s: float = 1.0
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
+    load_half_life_s: float = 60.0
+    """after so long an expert's rows count half in its recent load"""
     no_replica_timeout_s: float = 60.0
     """how long running requests wait for an expert that has no live replica"""
     several_nodes: bool = False

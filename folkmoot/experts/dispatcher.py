@@ -29,6 +29,7 @@ from folkmoot.experts.call import Call
 from folkmoot.experts.deadline import SLICE_S, Waited
 from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
+from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.experts.feed import MapFeed, read_map
 from folkmoot.experts.links import Link, LinkError
 from folkmoot.experts.node import node_id
@@ -37,7 +38,6 @@ from folkmoot.experts.wire import Hello
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 1.0
 BACKGROUND_EVERY_CALLS = 1000
 CONNECT_AT_ONCE = 16
 END_REQUESTS_TIMEOUT_S = 10.0
@@ -77,14 +77,13 @@ class Dispatcher:
         self._generation = 0
         self._served: dict[int, np.ndarray] = {}
         self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._reported_at = time.monotonic()
         self._calls, self._background = 0, set[int]()
         self._layer, self._is_abandoned = -1, False
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
         elif config.feed is not None:
-            self._feed = MapFeed(config.feed, self.use_map)
+            self._feed = MapFeed(config.feed, self.use_map, self.expert_rows)
 
     @staticmethod
     def from_env() -> "Dispatcher":
@@ -108,9 +107,9 @@ class Dispatcher:
         if shape is not None:
             self._connect_all(missing, shape)
 
-    def expert_rows(self) -> dict[int, list[int]]:
-        """Rows that each logical expert has had so far, by layer."""
-        return {n: counts.tolist() for n, counts in self._served.items()}
+    def expert_rows(self) -> ExpertRows:
+        """Rows that each logical expert has had so far. Any thread may call."""
+        return ExpertRows.of(dict(self._served))
 
     def close(self) -> None:
         """Close all links and the feed."""
@@ -177,7 +176,6 @@ class Dispatcher:
         while left:
             call.wait()
             left = call.post()
-        self._report()
         return self._combine(call), shared_out
 
     def _forward_split(
@@ -327,8 +325,3 @@ class Dispatcher:
             self._feed.send(
                 {"event": "host_dead", "host": address.host, "incarnation": address.incarnation, "reason": reason}
             )
-
-    def _report(self) -> None:
-        if self._feed is not None and time.monotonic() - self._reported_at > REPORT_EVERY_S:
-            self._reported_at = time.monotonic()
-            self._feed.send({"event": "rows", "hosts": dict(self.rows_served)})

@@ -1,9 +1,10 @@
 """The side channel by which a dispatcher gets new expert maps and tells what it saw.
 
 A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
-thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"}, {"event": "host_dead", "host",
-"incarnation", "reason"} and, once a second while there is work, {"event": "rows", "hosts": {host: rows}}. Also up:
-{"event": "no_replica", "reason"}, which asks to end all running requests; {"ended": number} down says that they are.
+thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"} and {"event": "host_dead", "host",
+"incarnation", "reason"}. Down {"ask": "rows"} is answered by {"event": "rows", ...}, the rows of each logical expert
+(expert_rows.py). Also up: {"event": "no_replica", "reason"}, which asks to end all running requests; {"ended": number}
+down says that they are.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from folkmoot.experts.expert_map import ExpertMap
+from folkmoot.experts.expert_rows import ExpertRows
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +29,11 @@ SEND_TIMEOUT = struct.pack("ll", 1, 0)
 
 
 class MapFeed:
-    """Calls `on_map` (from its own thread) with each map that arrives, and sends events up. Reconnects for ever."""
+    """Calls `on_map` with each map that arrives, and `rows` for what it answers when it is asked (both on its own
+    thread), and sends events up. Reconnects for ever."""
 
-    def __init__(self, path: str, on_map: Callable[[ExpertMap], None]) -> None:
-        self._path, self._on_map = path, on_map
+    def __init__(self, path: str, on_map: Callable[[ExpertMap], None], rows: Callable[[], ExpertRows]) -> None:
+        self._path, self._on_map, self._rows = path, on_map, rows
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self._unsent: list[dict[str, Any]] = []
@@ -98,12 +101,17 @@ class MapFeed:
             for line in lines:
                 try:
                     message = json.loads(line)
-                    if "ended" in message:
-                        self._ended.set()
-                    else:
-                        self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
+                    self._take(message)
                 except Exception:
                     log.exception("a message of the map feed could not be used")
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "ended" in message:
+            self._ended.set()
+        elif message.get("ask") == "rows":
+            self.send({"event": "rows", **self._rows().to_json()})
+        else:
+            self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
 
 
 def read_map(path: str) -> ExpertMap:

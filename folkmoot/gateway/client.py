@@ -167,10 +167,10 @@ class AsyncClient:
         """The models, with their engines and load."""
         return list((await self._call(lambda stub: stub.ListModels, pb.ListModelsRequest())).models)
 
-    async def status(self) -> pb.GetClusterStatusResponse:
-        """The cluster's own document (`json`) and the models."""
+    async def status(self, *, experts: bool = False) -> pb.GetClusterStatusResponse:
+        """The cluster's own document (`json`) and the models; with `experts` also each expert's rows."""
         found: pb.GetClusterStatusResponse = await self._call(
-            lambda stub: stub.GetClusterStatus, pb.GetClusterStatusRequest()
+            lambda stub: stub.GetClusterStatus, pb.GetClusterStatusRequest(experts=experts)
         )
         return found
 
@@ -315,9 +315,9 @@ class Client:
         """See AsyncClient.models."""
         return self._run(self._client.models())
 
-    def status(self) -> pb.GetClusterStatusResponse:
+    def status(self, *, experts: bool = False) -> pb.GetClusterStatusResponse:
         """See AsyncClient.status."""
-        return self._run(self._client.status())
+        return self._run(self._client.status(experts=experts))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -116,6 +116,11 @@ class Keys:
         """String with a TTL: the cluster's status document."""
         return f"{self.root}:cluster"
 
+    @property
+    def experts(self) -> str:
+        """String with a TTL: rows of each logical expert, as the expert router knows them."""
+        return f"{self.root}:experts"
+
     def owed(self, model: str) -> str:
         """Hash: who keeps work outside the queue -> [tokens, deadline (Unix s) or null, until when that holds]."""
         return f"{self.root}:owed:{model}"

@@ -356,6 +356,15 @@ class RequestQueue:
         value: bytes | None = await self.store.command("GET", self.store.keys.cluster)
         return value.decode() if value else ""
 
+    async def set_expert_rows(self, document: str, ttl_s: float) -> None:
+        """Publish how many rows each logical expert has had, as JSON."""
+        await self.store.command("SET", self.store.keys.experts, document, "PX", _ms(ttl_s))
+
+    async def expert_rows(self) -> str:
+        """Rows of each logical expert as JSON, empty where nobody has said so lately."""
+        value: bytes | None = await self.store.command("GET", self.store.keys.experts)
+        return value.decode() if value else ""
+
 
 def sampling_fields(request: pb.GenerateRequest) -> dict[str, object]:
     """The sampling fields that the client set, by vLLM's names: `SamplingParams(**sampling_fields(request))`."""

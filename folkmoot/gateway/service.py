@@ -112,7 +112,9 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         """The cluster's document as it is, and the models."""
         try:
             document = await self._queue.cluster_status()
-            return pb.GetClusterStatusResponse(json=document, models=await self._list_models())
+            experts = await self._queue.expert_rows() if request.experts else ""
+            models = await self._list_models()
+            return pb.GetClusterStatusResponse(json=document, models=models, experts_json=experts)
         except GatewayError as e:
             await _abort(context, status.of(e))
 

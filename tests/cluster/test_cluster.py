@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,23 @@ def test_status_says_what_is_where_and_who_worked(cluster: Cluster, client: Clie
     assert all(h["alive"] and is_alive(h["pid"]) and h["rows"] > 0 for h in status["hosts"])
     (engine,) = status["engines"]
     assert engine["phase"] == "ready" and is_alive(engine["pid"]) and engine["generated_tokens"] > 0
+
+
+def test_rows_of_each_expert_are_counted(cluster: Cluster, client: Client) -> None:
+    """4 layers, top-2: each token that passes brings each layer 2 rows; the last token of an answer is never input."""
+
+    def counted() -> list[int]:
+        done = cluster.run("experts", "--json")
+        return [sum(rows) for rows in json.loads(done.stdout)["rows_total"]] if done.returncode == 0 else [0] * 4
+
+    tokens(client)
+    before, since = counted(), time.monotonic()
+    while time.monotonic() - since < 4.0:  # longer than counts take from an engine to a gateway
+        if (now := counted()) != before:
+            before, since = now, time.monotonic()
+    tokens(client, None, token_ids=[7] * 11, max_tokens=30)
+    expected = [n + 2 * (11 + 29) for n in before]
+    eventually(lambda: counted() == expected, 20.0, f"{expected} rows were counted")
 
 
 def ray_pid(cluster: Cluster, name: str) -> int | None:

@@ -5,12 +5,14 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from folkmoot.experts import expert_map as em
 from folkmoot.experts.dispatch_config import DispatchConfig
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import HostAddress
+from folkmoot.experts.expert_rows import ExpertRows
 from tests.experts.hosts import Hosts, expected
 from tests.experts.test_dispatcher import batch
 
@@ -38,6 +40,11 @@ def test_maps_arrive_and_deaths_are_told(hosts: Hosts) -> None:
     assert json.loads(lines.readline()) == {"event": "ready"}
     connection.sendall(b"nonsense\n" + json.dumps({"map": json.loads(hosts.map.to_json())}).encode() + b"\n")
     assert torch.equal(d.forward(0, x, w, ids)[0], expected(0, x, w, ids))
+    connection.sendall(b'{"ask": "rows"}\n')
+    answer = json.loads(lines.readline())
+    rows = ExpertRows.from_json(answer)
+    assert (answer["event"], rows.layers) == ("rows", (0,))
+    assert rows.counts.tolist() == [np.bincount(ids.ravel().numpy(), minlength=8).tolist()]
     victim.kill()
     assert torch.equal(d.forward(3, x, w, ids)[0], expected(3, x, w, ids))
     event = json.loads(lines.readline())

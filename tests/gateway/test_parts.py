@@ -230,7 +230,10 @@ async def test_models_and_cluster_status(gateway: str, queue: RequestQueue, engi
     async with grpc.aio.insecure_channel(gateway) as channel:
         stub = gateway_pb2_grpc.FolkmootStub(channel)
         answer = await stub.GetClusterStatus(pb.GetClusterStatusRequest())
-        assert answer.json == '{"hosts": 2}'
+        assert (answer.json, answer.experts_json) == ('{"hosts": 2}', "")
+        await queue.set_expert_rows('{"layers": [0]}', ttl_s=60.0)
+        asked = await stub.GetClusterStatus(pb.GetClusterStatusRequest(experts=True))
+        assert (asked.json, asked.experts_json) == ('{"hosts": 2}', '{"layers": [0]}')
         (model,) = answer.models
         assert (model.name, model.max_model_len, model.vocab_size, model.num_engines) == ("echo", 4096, 1000, 1)
 

@@ -327,13 +327,17 @@ class QueueLoad(_message.Message):
     def __init__(self, waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., running_tokens: _Optional[int] = ...) -> None: ...
 
 class GetClusterStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: bool
+    def __init__(self, experts: _Optional[bool] = ...) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("json", "models")
+    __slots__ = ("json", "models", "experts_json")
     JSON_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_JSON_FIELD_NUMBER: _ClassVar[int]
     json: str
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, json: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    experts_json: str
+    def __init__(self, json: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., experts_json: _Optional[str] = ...) -> None: ...
