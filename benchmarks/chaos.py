@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=8)
     args = parser.parse_args()
-    seconds = 60.0 if args.quick else args.seconds
+    seconds = 40.0 if args.quick else args.seconds
     plan = schedule(seconds, args.seed)
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
         model = tiny("mixtral", Path(name) / "tiny", dtype="float32")

@@ -126,9 +126,9 @@ def process(target: Callable[..., None], *args: object) -> Iterator[None]:
 
 
 @contextmanager
-def gateway_process(url: str) -> Iterator[str]:
+def gateway_process(url: str, *options: str) -> Iterator[str]:
     """A real gateway; its address."""
-    command = [sys.executable, "-m", "folkmoot.gateway", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "folkmoot.gateway", "--listen", "127.0.0.1:0", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "FOLKMOOT_REDIS": url}
     ) as child:

@@ -8,6 +8,7 @@ outlive it, and when it is started again it finds them.
 
 import logging
 import os
+import re
 import secrets
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
-NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis"}
+NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis", "metrics"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
 OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret", "environment"})
 """Fields of a spec that each cluster has for itself."""
@@ -43,6 +44,8 @@ class AppOptions(UpOptions):
     address: str | None = "auto"
     redis: str | None = field(default=None, repr=False)
     """URL of the request store; None: the environment variable FOLKMOOT_REDIS, which keeps a password out of here"""
+    metrics: str = "127.0.0.1:9464"
+    """where each node answers Prometheus, the same on all of them; "off": nowhere"""
     router_resources: dict[str, float] = field(default_factory=dict)
     """custom Ray resources that the expert router asks of its node"""
     host_resources: dict[str, float] = field(default_factory=dict)
@@ -71,6 +74,8 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
                 raise ValueError(f"{option.name}: {e.message}") from e
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
+    if not re.fullmatch(r"off|.+:[1-9]\d{0,4}", options.metrics):
+        raise ValueError(f"metrics: must be HOST:PORT with a port that is known, or off, is {options.metrics!r}")
     return options
 
 
@@ -133,7 +138,8 @@ def wanted_spec(options: AppOptions) -> ClusterSpec:
         options.model, lambda message, fraction: log.info("%s (%.0f%%)", message, 100 * fraction)
     )
     run_dir = f"{short_temp()}/folkmoot-{secrets.token_hex(4)}"
-    spec = make_spec(options, path, shape, redis=redis, run_dir=run_dir, log_dir=f"{run_dir}/logs")
+    files = {"run_dir": run_dir, "log_dir": f"{run_dir}/logs"}
+    spec = make_spec(options, path, shape, redis=redis, metrics=options.metrics, **files)
     return replace(
         spec,
         engine_gpus=options.gpus_per_engine,

@@ -20,7 +20,7 @@ from folkmoot.cluster.cli_common import (
 )
 from folkmoot.cluster.launch import StartError
 from folkmoot.cluster.placement import PlacementError
-from folkmoot.cluster.state_file import AlreadyRunning
+from folkmoot.cluster.state_file import AlreadyRunning, StateFolder
 from folkmoot.gateway.client_errors import FolkmootError
 
 
@@ -82,7 +82,7 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
 
     with _client(gateway, name, state_dir) as client:
         if not watch:
-            document = status_view.fetch(client)
+            document = {**status_view.fetch(client), "metrics": _metrics_at(gateway, name, state_dir)}
             if as_json:
                 click.echo(json.dumps(document, indent=2))
             else:
@@ -92,6 +92,12 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
         else:
             heard, views = live.LastHeard(lambda: status_view.fetch(client)), status_view.Watch()
             live.watch(console, every_s, lambda: heard.drawn(views.draw))
+
+
+def _metrics_at(gateway: str | None, name: str, state_dir: Path | None) -> str | None:
+    """Where a cluster of this machine offers its metrics."""
+    state = StateFolder(name, state_dir).read() if gateway is None else None
+    return None if state is None else state.metrics
 
 
 @main.command()

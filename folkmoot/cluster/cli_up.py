@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_opti
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import is_local
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
         parse_weights(text)
     except ValueError as e:
         raise click.BadParameter(str(e)) from e
+    return text
+
+
+def _checked_metrics(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    if not re.fullmatch(r"off|.+:\d{1,5}", text):
+        raise click.BadParameter(f"{text!r} is neither HOST:PORT nor off")
     return text
 
 
@@ -102,6 +110,14 @@ def _checked_weights(_context: click.Context, _option: click.Parameter, text: st
 @click.option("--tls-cert", type=PEM, metavar="FILE", help="certificate chain (PEM): the gateway speaks TLS")
 @click.option("--tls-key", type=PEM, metavar="FILE", help="its private key; both are read again when they change")
 @click.option("--tls-client-ca", type=PEM, metavar="FILE", help="CA of clients' certificates: others are not let in")
+@click.option(
+    "--metrics",
+    default=UpOptions.metrics,
+    show_default=True,
+    metavar="HOST:PORT|off",
+    callback=_checked_metrics,
+    help="where each node answers Prometheus, for all its processes; port 0 takes a free one",
+)
 @click.option(
     "--redis",
     metavar="URL",
@@ -348,6 +364,8 @@ def _print_ready(state: ClusterState, options: UpOptions, timings: bool) -> None
     console.print(f"[bold green]ready[/]: model {state.model}, gateway {state.gateway}")
     console.print(f'  folkmoot generate{suffix} "The capital of France is"')
     console.print(f"  folkmoot status{suffix}")
+    if state.metrics is not None:
+        console.print(f"  metrics for Prometheus: {state.metrics}")
     _say_who_may_call(options)
     if timings and state.timings_s:
         console.print("  ready after (s): " + ", ".join(f"{part} {t:.1f}" for part, t in state.timings_s.items()))
@@ -363,6 +381,8 @@ def _say_who_may_call(options: UpOptions) -> None:
         console.print("  callers need no API key, so it listens on loopback only; to let others in: --require-keys")
     else:
         console.print(f"[bold red]  INSECURE: whoever reaches {options.listen} may use and change this cluster[/]")
+    if options.metrics != OFF and not is_local(options.metrics):
+        console.print(f"[bold red]  metrics can be read by whoever reaches {options.metrics}[/]")
     if not is_local(options.listen) and options.tls_cert is None:
         console.print("[bold red]  no TLS: prompts, answers and keys can be read on their way[/]")
 

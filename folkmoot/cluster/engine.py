@@ -24,6 +24,7 @@ from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.router_events import EngineReported, HostDied
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.warm import Child
+from folkmoot.gateway.metrics_server import OFF
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ class Engine:
         """The fields of `engine_process.EngineSpec`."""
         spec = self._spec
         feed = str(Path(spec.run_dir) / f"{self._engine}.feed") if spec.moe_layers else None
-        told = {"engine": self._engine, "feed": feed, "secret_file": str(spec.secret_file)}
+        metrics_dir = None if spec.metrics == OFF else str(spec.metrics_dir)
+        told = {"engine": self._engine, "feed": feed, "secret_file": str(spec.secret_file), "metrics_dir": metrics_dir}
         return {**told, **{name: getattr(spec, name) for name in SHARED_WITH_PROCESS}}
 
     def _watch(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:

@@ -14,8 +14,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ TITLE = "folkmoot::Engine"
 """What such a process is called in a list of processes."""
 PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
+ASK_TIMEOUT_S = 0.5
 GIVE_BACK_S = 2.0
 BATCH_SHARE = 3
 """quarters of an engine's slots and KV cache that batch requests may hold"""
@@ -74,6 +76,8 @@ class EngineSpec:
     stall_s: float
     no_replica_timeout_s: float
     grace_s: float
+    metrics_dir: str | None
+    """where the node's endpoint hears of this process (folkmoot.gateway.metrics_server); None: no metrics"""
 
 
 class MapState:
@@ -85,6 +89,8 @@ class MapState:
         self._lock = threading.Lock()
         self._map: ExpertMap | None = None
         self._dead: set[tuple[str, int]] = set()
+        self._counts: dict[str, Any] = {}
+        self._counted = threading.Event()
         self._end_requests: Callable[[str], Coroutine[Any, Any, int]] | None = None
         self._on_host_lost: Callable[[dict[str, Any]], None] = lambda event: None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +116,15 @@ class MapState:
         if self._feed is not None:
             self._feed.tell({"ask": "rows"})
 
+    def dispatch_counts(self) -> dict[str, Any]:
+        """What the dispatcher has done since its start (`Dispatcher.counts`), asked for now; where it does not answer
+        in ASK_TIMEOUT_S, what it said last. Blocks."""
+        if self._feed is not None:
+            self._counted.clear()
+            self._feed.tell({"ask": "counts"})
+            self._counted.wait(ASK_TIMEOUT_S)
+        return self._counts
+
     def listen(
         self, on_host_lost: Callable[[dict[str, Any]], None], end_requests: Callable[[str], Coroutine[Any, Any, int]]
     ) -> None:
@@ -125,7 +140,10 @@ class MapState:
             self._look(None, (event["host"], event["incarnation"]))
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._on_host_lost, event)
-        if event.get("event") != "no_replica":
+        if event.get("event") == "counts":
+            self._counts = event
+            self._counted.set()
+        elif event.get("event") != "no_replica":
             self._control.send(event)
         elif self._end_requests is not None and self._loop is not None:
             ending = asyncio.run_coroutine_threadsafe(self._end_requests(str(event["reason"])), self._loop)
@@ -227,8 +245,9 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         maps.listen(generator.host_lost, lambda reason: generator.end_all(holder, reason))
         reporting = asyncio.create_task(_report(control, generator, maps))
         try:
-            await generator.run(holder, stopping)
-            await generator.drain(spec.grace_s)
+            async with _metrics(spec, maps, holder, generator):
+                await generator.run(holder, stopping)
+                await generator.drain(spec.grace_s)
         finally:
             await cancel([saying, reporting])
     llm.shutdown()
@@ -242,6 +261,27 @@ def _start_traces(spec: EngineSpec, llm: Any) -> None:
     if tracing.start("folkmoot-engine", spec.engine):
         tracing.share()
         vllm_api.trace_requests(llm)
+
+
+@asynccontextmanager
+async def _metrics(spec: EngineSpec, maps: MapState, holder: Any, generator: Any) -> AsyncIterator[None]:
+    """This process's metrics are offered. That they cannot be is no reason not to serve."""
+    if spec.metrics_dir is None:
+        yield
+        return
+    from folkmoot.cluster import metrics_engine
+    from folkmoot.gateway.metrics_server import offering
+
+    async def text() -> bytes:
+        dispatch = await asyncio.to_thread(maps.dispatch_counts)
+        return metrics_engine.text(spec.engine, holder, asdict(generator.counters), dispatch)
+
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(offering(spec.engine, text, Path(spec.metrics_dir)))
+        except OSError as e:
+            log.warning("no metrics are offered: %s", e)
+        yield
 
 
 def _load(spec: EngineSpec) -> Any:
@@ -271,14 +311,16 @@ def _load(spec: EngineSpec) -> Any:
         # Not in chunks: for an unfinished prefill vLLM 0.32 takes the draw of a seeded request back by its generator's
         # offset, which that of a CPU has not. It raises, and the core ends.
         enable_chunked_prefill=False if on_cpu else None,
-        disable_log_stats=True,
+        disable_log_stats=spec.metrics_dir is None,
         **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
     if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=not tracing.is_wanted())  # its spans say how long
+    # Its spans say how long things took, too.
+    is_counted = spec.metrics_dir is not None or tracing.is_wanted()
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=not is_counted)
 
 
 def _batch_room(spec: EngineSpec, llm: Any) -> "Room":

@@ -10,21 +10,23 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
 
 from folkmoot import logs
-from folkmoot.cluster import environment
+from folkmoot.cluster import environment, metrics_hosts, metrics_node
 from folkmoot.cluster.host_template import Template
+from folkmoot.cluster.metrics_hosts import HostFigures, Usage
 from folkmoot.cluster.node_agent import warm_parent
 from folkmoot.cluster.placement import as_placement
 from folkmoot.cluster.router_events import HostForked, HostLoad, HostReady
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.warm import Child, WarmParent, WarmParentError
+from folkmoot.gateway.metrics import exposition
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class _Process:
     threads: int
     ready: "asyncio.Future[HostReady]"
     closed: "asyncio.Future[str]"
+    load: dict[str, Any] = field(default_factory=dict)
+    """its last report"""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,14 @@ class Description:
 class ExpertActor:
     """Owns the lives of one expert host: one, or two while a successor takes over. A spare until its first start."""
 
-    def __init__(self, spec: ClusterSpec) -> None:
+    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
         environment.enter(spec.environment, "expert-actor")
         self._spec = spec
         self._host: str | None = None
         self._log = spec.log("host")
         self._processes: dict[int, _Process] = {}
         self._template = Template(self._fork_template)
+        self._metrics = asyncio.create_task(metrics_node.keep_serving(spec, f"actor-{os.getpid()}", self._text))
 
     async def start(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
         """Fork a life of this host, which loads its experts unless a template has. Raises WarmParentError."""
@@ -164,7 +169,7 @@ class ExpertActor:
         try:
             ready = self._first_message(process)
             loop.call_soon_threadsafe(self._serves, process, ready)
-            self._pass_loads_on(child, ready)
+            self._pass_loads_on(process, ready)
         except ExpertHostError as e:
             reason = str(e)
         except EOFError:
@@ -197,11 +202,20 @@ class ExpertActor:
             int(message["shared_bytes"]),
         )
 
-    def _pass_loads_on(self, child: Child, ready: HostReady) -> NoReturn:
+    async def _text(self) -> bytes:
+        """This host's metrics: of the life that serves, and where another one is to take over, its memory too."""
+        living = [p for _, p in sorted(self._processes.items()) if _has_result(p.ready)]
+        if not living:
+            return b""
+        usages = [metrics_hosts.usage_of(process.child.pid) for process in living]
+        return exposition(metrics_hosts.families([_figures(living[0], usages)]))
+
+    def _pass_loads_on(self, process: _Process, ready: HostReady) -> NoReturn:
         router = ray.get_actor(ROUTER, self._spec.namespace)
         while True:
-            message = child.receive()
+            message = process.child.receive()
             if message is not None and message.get("event") == "load":
+                process.load = message
                 counts = int(message["requests"]), int(message["rows"]), float(message["busy_s"])
                 router.report.remote(HostLoad(ready.host, ready.incarnation, *counts))
 
@@ -221,6 +235,21 @@ class ExpertActor:
             process.ready.set_exception(ExpertHostError(reason))
             process.ready.exception()  # heard by `ready`, or by nobody
         process.closed.set_result(reason)
+
+
+def _figures(process: _Process, usages: Sequence[Usage]) -> HostFigures:
+    """Of a life that is ready; the memory is that of all lives."""
+    ready, memory = process.ready.result(), [(usage.private, usage.shared) for usage in usages]
+    private, shared = (sum(sizes) for sizes in zip(*memory, strict=True))
+    return HostFigures(
+        ready.host,
+        len(ready.columns),
+        ready.bytes,
+        ready.shared_bytes,
+        ready.load_s,
+        Usage(private, shared, usages[0].cpu_s),
+        process.load,
+    )
 
 
 def _has_result(future: "asyncio.Future[HostReady]") -> bool:

@@ -20,23 +20,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot import logs
-from folkmoot.cluster import environment, interrupts, processes, ray_runtime, warm_files
+from folkmoot.cluster import environment, interrupts, metrics_node, processes, ray_runtime, warm_files
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.wish import first_wish
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.metrics_server import OFF, PATH
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.settings import OPEN_WITHOUT_KEYS, is_local
 from folkmoot.gateway.store import Store
 
 if TYPE_CHECKING:
+    import socket
     import subprocess
 
     from folkmoot.experts.vllm_api import ModelShape
 
 POLL_S = 0.1
 TEND_EVERY_S = 1.0
+MOST_STORE_PAUSE_S = 16.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
@@ -83,6 +86,8 @@ class UpOptions:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    metrics: str = "127.0.0.1:0"
+    """where each node answers Prometheus; port 0: any free one of this node; "off": nowhere"""
     redis: str | None = field(default=None, repr=False)
     """URL of a request store; None: an embedded one"""
     address: str | None = None
@@ -128,8 +133,10 @@ class Supervisor:
         self._run_dir: Path | None = None
         self._warm: subprocess.Popen[bytes] | None = None
         self._store: EmbeddedStore | None = None
+        self._store_at_s, self._store_pause_s = 0.0, TEND_EVERY_S
         self._gateway: subprocess.Popen[bytes] | None = None
         self._gateway_address: str | None = None
+        self._metrics: socket.socket | None = None
         self._router: Any = None
         self._deployment: ray_runtime.Deployment | None = None
         self._state = ClusterState(options.name, "starting", os.getpid())
@@ -145,13 +152,14 @@ class Supervisor:
         self.folder.acquire()
         self._acquired = True
         processes.adopt_orphans()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
+        self._start_warm_parent()  # what takes longest comes first
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="folkmoot-", dir=short_temp()))
-        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before anything is started
-        self._start_warm_parent()
+        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
-        self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), **files)
+        metrics = self._hold_metrics_port()
+        self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), metrics=metrics, **files)
         self._start_gateway(self.spec)
         self._tell("starting Ray")
         ray_address = self._start_ray(self.spec)
@@ -166,28 +174,44 @@ class Supervisor:
             message="",
             gateway=self._gateway_address,
             tls=self.options.tls_cert is not None,
+            metrics=None if metrics == OFF else f"http://{metrics}{PATH}",
             model=self.spec.model,
             ray_address=ray_address,
             run_dir=str(self._run_dir),
             timings_s=self._timings_s,
         )
+        self.folder.write_scrapes()
         return self._state
 
     def watch(self) -> None:
-        """Tend to the parts that Ray does not watch, for ever. Raises StartError if one cannot be brought back."""
+        """Tend to the parts that Ray does not watch, for ever."""
         while True:
             time.sleep(TEND_EVERY_S)
+            self.tend()
+
+    def tend(self) -> None:
+        """Bring back what has died of the parts that Ray does not watch."""
+        if self._warm is not None and self._warm.poll() is not None:
+            self._report("the warm parent died; starting another one")
+            self._start_warm_parent()
+        if self._gateway is not None and self._gateway.poll() is not None:
             assert self.spec is not None
-            if self._warm is not None and self._warm.poll() is not None:
-                self._report("the warm parent died; starting another one")
-                self._start_warm_parent()
-            if self._gateway is not None and self._gateway.poll() is not None:
-                self._report("the gateway died; starting another one")
-                self._start_gateway(self.spec, self._gateway_address)
-            if self._store is not None and self._store.pid is None:
-                self._report("the request store died; starting it again")
-                self._store.start()
-            processes.reap_orphans()  # what a dead warm parent had forked is ours now
+            self._report("the gateway died; starting another one")
+            self._start_gateway(self.spec, self._gateway_address)
+        if self._store is not None and self._store.pid is None and time.monotonic() >= self._store_at_s:
+            self._start_store_again(self._store)
+        processes.reap_orphans()  # what a dead warm parent had forked is ours now
+
+    def _start_store_again(self, store: EmbeddedStore) -> None:
+        """Also where that fails nothing else ends: engines keep what they owe until it is back."""
+        self._report("the request store died; starting it again")
+        try:
+            store.start()
+            self._store_pause_s = TEND_EVERY_S
+        except (RuntimeError, OSError) as e:
+            self._store_at_s = time.monotonic() + self._store_pause_s
+            self._report(f"next attempt in {self._store_pause_s:.0f} s: {e}")
+            self._store_pause_s = min(2 * self._store_pause_s, MOST_STORE_PAUSE_S)
 
     def stop(self, failure: str | None = None) -> None:
         """End everything that was started, in any state of the start, and leave no process behind."""
@@ -209,6 +233,8 @@ class Supervisor:
             self._store.stop()
         # Expert hosts and engines end with their owners; Ray's agents linger.
         processes.end_descendants(0.0 if is_busy else LEFTOVER_GRACE_S)
+        if self._metrics is not None:
+            self._metrics.close()
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
         self.folder.release()
@@ -230,12 +256,24 @@ class Supervisor:
         self._update(store=self._store.url)
         return self._store.url if alone else self._store.tcp_url
 
+    def _hold_metrics_port(self) -> str:
+        """The address with a port that is kept for this cluster, whichever of its processes has it just now."""
+        wanted = self.options.metrics
+        if wanted == OFF:
+            return OFF
+        try:
+            self._metrics = metrics_node.hold(wanted)
+        except OSError as e:
+            raise StartError(f"--metrics {wanted}: {e.strerror or e}") from e
+        return metrics_node.address_of(self._metrics, wanted)
+
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", listen or self.options.listen]
         command += ["--namespace", spec.store_namespace, "--shutdown-s", str(GATEWAY_SHUTDOWN_S)]
         if self.options.tenant_weights:
             command += ["--tenant-weights", self.options.tenant_weights]
         command += _guards(self.options)
+        command += ["--metrics", spec.metrics, "--metrics-dir", str(spec.metrics_dir)]
         spec.log("gateway").unlink(missing_ok=True)
         self._gateway = processes.start(command, spec.log("gateway"), {"FOLKMOOT_REDIS": spec.redis})
 
@@ -301,7 +339,7 @@ class Supervisor:
 
 
 def make_spec(
-    options: UpOptions, model_path: Path, shape: "ModelShape", *, redis: str, run_dir: str, log_dir: str
+    options: UpOptions, model_path: Path, shape: "ModelShape", *, redis: str, metrics: str, run_dir: str, log_dir: str
 ) -> ClusterSpec:
     """What was asked for, with everything decided that was left open. Raises StartError, PlacementError."""
     hosts, replicas = num_hosts_and_replicas(options, shape.num_experts)
@@ -312,6 +350,7 @@ def make_spec(
         moe_layers=shape.moe_layers,
         num_experts=shape.num_experts,
         redis=redis,
+        metrics=metrics,
         store_namespace=namespace_of(options.name),
         run_dir=run_dir,
         log_dir=log_dir,

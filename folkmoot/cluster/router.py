@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from folkmoot import logs
-from folkmoot.cluster import environment
+from folkmoot.cluster import environment, metrics_node, metrics_router
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
 from folkmoot.cluster.balance_loads import at, counted, no_loads
@@ -50,6 +50,7 @@ from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
 from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.gateway.errors import StoreError
+from folkmoot.gateway.metrics import exposition
 from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.store import Store
@@ -79,6 +80,7 @@ class ExpertRouter:
         self._wishes = WishStore(self._store, spec)
         self._state = initial(spec.moe_layers, spec.num_experts, first_wish(spec))
         self._loads = no_loads(spec.moe_layers, spec.num_experts, spec.load_half_life_s)
+        self._counts = metrics_router.RouterCounts()
         self._changed = asyncio.Condition()
         self._slots = RaySlots(spec)
         self._actors = ActorPool(spec, self._slots)
@@ -99,6 +101,7 @@ class ExpertRouter:
         for work in (self._run(), self._publish_status(), self._publish_rows(), self._deploy_engines()):
             self._keep(work)
         self._keep(self._autoscaler.run())
+        self._keep(metrics_node.keep_serving(spec, "router", self._metrics))
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
         """The expert map as JSON once there is a newer one than `known_version` (-1: none); None after the time-out."""
@@ -118,6 +121,7 @@ class ExpertRouter:
         """Take an event into the state, and do what the new state demands."""
         before = self._state
         self._state = apply(event, apply(Tick(time.time()), before))
+        self._counts.saw(event, before, self._state)
         if not isinstance(event, QUIET):
             log.info("%s", event)
         self._act()
@@ -140,6 +144,10 @@ class ExpertRouter:
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
         return document(self._spec, self._state, self._error, self._autoscaler.document())
+
+    async def _metrics(self) -> bytes:
+        of_router = metrics_router.families(self._state, self._counts, self._autoscaler.engines)
+        return exposition([*of_router, *metrics_node.of_process()])
 
     def engines_wanted(self) -> int | None:
         """How many engines the autoscaler finds right; None: it does not know yet."""

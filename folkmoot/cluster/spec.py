@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from folkmoot.experts import secret
+from folkmoot.gateway.metrics_server import OFF
 
 ROUTER = "ExpertRouter"
 """Name of the expert router's Ray actor, in the cluster's namespace."""
@@ -92,6 +93,8 @@ class ClusterSpec:
     """how long a stopping engine may take to finish what runs"""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """variables of logs and traces that actors take over (folkmoot.cluster.environment); may hold a collector's key"""
+    metrics: str = OFF
+    """HOST:PORT at which each node answers Prometheus (folkmoot.gateway.metrics_server); "off": nowhere"""
     started_s: float = field(default_factory=time.time)
     """when this cluster was begun: of several on one store the newest takes charge (folkmoot.cluster.charge)"""
 
@@ -124,6 +127,11 @@ class ClusterSpec:
     def secret_file(self) -> Path:
         """Where a node keeps the secret."""
         return Path(self.run_dir) / "secret"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Where the processes of a node offer their metrics to each other."""
+        return Path(self.run_dir) / "metrics"
 
     def log(self, part: str) -> Path:
         """The log file of one process."""

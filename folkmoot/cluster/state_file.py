@@ -1,6 +1,8 @@
 """Where a running cluster is written down: one folder a name, under XDG_STATE_HOME/folkmoot.
 
 <root>/<name>/state.json   phase, supervisor's pid, gateway's address
+<root>/<name>/metrics.json where to scrape, as Prometheus' file_sd_configs reads it
+<root>/prometheus.yml      a configuration for Prometheus that finds these files of all clusters
 <root>/<name>/lock         held by the supervisor for as long as it lives, whatever kills it
 <root>/<name>/logs/        one file a process
 <root>/<name>/store/       the embedded request store's data
@@ -12,6 +14,17 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+PROMETHEUS = """\
+# Written by `folkmoot up`. prometheus --config.file=THIS FILE scrapes every cluster that runs beside it.
+global:
+  scrape_interval: 5s
+scrape_configs:
+  - job_name: folkmoot
+    file_sd_configs:
+      - files: ["*/metrics.json"]
+        refresh_interval: 10s
+"""
 
 PHASES = ("starting", "ready", "stopping", "failed")
 
@@ -30,6 +43,8 @@ class ClusterState:
     message: str = ""
     gateway: str | None = None
     tls: bool = False
+    metrics: str | None = None
+    """URL for Prometheus, of all processes of this node"""
     store: str | None = None
     """URL of the request store where it is the cluster's own, which has no password"""
     model: str | None = None
@@ -82,6 +97,7 @@ class StateFolder:
             ) from None
         self._lock_fd = fd
         self._file.unlink(missing_ok=True)
+        self._scrapes.unlink(missing_ok=True)
         for log in self.logs.glob("*.log"):
             if log.name != "up.log":
                 log.unlink()
@@ -102,6 +118,7 @@ class StateFolder:
 
     def release(self) -> None:
         """Stop being the supervisor; a failure stays to be read, a clean end leaves nothing."""
+        self._scrapes.unlink(missing_ok=True)
         state = self.read()
         if state is not None and state.phase != "failed":
             self._file.unlink(missing_ok=True)
@@ -111,9 +128,17 @@ class StateFolder:
 
     def write(self, state: ClusterState) -> None:
         """Replace the state file in one step."""
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(state), indent=2) + "\n")
-        temporary.replace(self._file)
+        _replace(self._file, json.dumps(asdict(state), indent=2) + "\n")
+
+    def write_scrapes(self) -> None:
+        """Tell Prometheus where this cluster's metrics are; nothing where it has none."""
+        state = self.read()
+        if state is None or state.metrics is None:
+            return
+        target = state.metrics.removeprefix("http://").partition("/")[0]
+        found = [{"targets": [target], "labels": {"cluster": self.name}}]
+        _replace(self._scrapes, json.dumps(found, indent=2) + "\n")
+        _replace(self.path.parent / "prometheus.yml", PROMETHEUS)
 
     def read(self) -> ClusterState | None:
         """What was written last; None if nothing was."""
@@ -125,3 +150,13 @@ class StateFolder:
     @property
     def _file(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def _scrapes(self) -> Path:
+        return self.path / "metrics.json"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -100,6 +100,8 @@ def parts(document: dict[str, Any], speed: Rates | None = None) -> Iterator[Rend
     if (scaling := document["autoscaling"])["least"] != scaling["most"]:
         yield Text(_scaling_line(scaling))
     yield _engines_table(document["engines"], speed)
+    if document.get("metrics"):
+        yield f"metrics for Prometheus: {document['metrics']}"
 
 
 class Watch:

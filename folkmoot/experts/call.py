@@ -16,6 +16,7 @@ import torch
 from folkmoot.experts import deadline, native, routes, wire
 from folkmoot.experts.deadline import Waited
 from folkmoot.experts.dispatch_config import DispatchConfig, DispatchError
+from folkmoot.experts.dispatch_counts import DispatchCounts
 from folkmoot.experts.expert_map import NoReplicaError
 from folkmoot.experts.links import Link, LinkError
 from folkmoot.experts.routes import Routes
@@ -30,6 +31,7 @@ class Owner(Protocol):
 
     config: DispatchConfig
     rows_served: dict[str, int]
+    counts: DispatchCounts
 
     def routes(self, newer_than: int, waited: Waited) -> Routes | None:
         """The routes in use, once their generation is above `newer_than`; None where that takes too long."""
@@ -120,6 +122,7 @@ class Call:
             return False
         if self.used:
             self._keep_rows()
+            self.owner.counts.rows_again += int((~self.done).sum())
         self.used.append(self._route())
         new = self.used[-1]
         for index in new.streams:
@@ -143,6 +146,7 @@ class Call:
             raw = link.raw
             if raw.state == native.DONE:
                 served[link.address.host] = served.get(link.address.host, 0) + raw.header.pairs
+                self.owner.counts.answered(link.address.host, raw.took_us / 1e6)
                 link.pace = deadline.measured(link.pace, raw.header.pairs, raw.took_us / 1e6)
 
     def sum_into(self, out: torch.Tensor) -> bool:
@@ -211,6 +215,7 @@ class Call:
                 new = routes.without(new, self.layer, self.avoid)
             status = self._begin(new)
             if status == 0:
+                self.owner.counts.waited_s += waited.total_s
                 return new
             if status == native.OUT_OF_RANGE:
                 raise DispatchError(f"layer {self.layer}: topk_ids outside 0..{len(table) - 1}")
@@ -218,6 +223,7 @@ class Call:
             if self.avoid:
                 raise NoReplicaError(self.layer, expert, new.expert_map.version)
             log.warning("layer %d, expert %d has no live replica; waiting for a new map", self.layer, expert)
+            self.owner.counts.waits += 1
         raise self.owner.no_replica(self.layer, expert)
 
     def _begin(self, new: Routes) -> int:

@@ -10,6 +10,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -34,6 +35,8 @@ class Areas:
     def __init__(self, hello: Hello, num_slots: IntArray, memory: ByteArray, sock: socket.socket) -> None:
         """`memory` is the request area followed by the reply area."""
         self.hello, self._sock = hello, sock
+        self.came_s: float | None = None
+        """over TCP: when the request at hand was whole"""
         dtype: torch.dtype = getattr(torch, hello.dtype)
         self.row_bytes = hello.hidden * dtype.itemsize
         size = wire.sizes(hello.hidden, dtype.itemsize, hello.max_rows)
@@ -116,6 +119,7 @@ class TcpConnection(Areas):
                     raise WireError(f"not a request that fits: {header}")
                 wire.receive_exactly(self._sock, request[: header.payload_bytes])
                 self._finished.clear()
+                self.came_s = time.monotonic()
                 self._bring(self)
                 self._finished.wait()
                 self._sock.sendall(bytes(header))

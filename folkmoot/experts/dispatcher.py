@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from folkmoot.experts import cores, doubt, links, native, secret
 from folkmoot.experts.call import Call
 from folkmoot.experts.deadline import SLICE_S, Waited
 from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
+from folkmoot.experts.dispatch_counts import DispatchCounts
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
 from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.experts.feed import MapFeed, read_map
@@ -66,6 +68,7 @@ class Dispatcher:
         self.incarnation = time.time_ns()
         self._secret = secret.read(config.secret_file)
         self.rows_served: dict[str, int] = {}
+        self.counts = DispatchCounts()
         self.not_finite = doubt.Tally()
         self._shape: Shape | None = None
         self._itemsize = 0
@@ -83,7 +86,8 @@ class Dispatcher:
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
         elif config.feed is not None:
-            self._feed = MapFeed(config.feed, self.use_map, self.expert_rows)
+            answers = {"rows": lambda: self.expert_rows().to_json(), "counts": self._count}
+            self._feed = MapFeed(config.feed, self.use_map, answers)
 
     @staticmethod
     def from_env() -> "Dispatcher":
@@ -110,6 +114,12 @@ class Dispatcher:
     def expert_rows(self) -> ExpertRows:
         """Rows that each logical expert has had so far. Any thread may call."""
         return ExpertRows.of(dict(self._served))
+
+    def _count(self) -> dict[str, Any]:
+        """For metrics, in JSON data. Any thread may call."""
+        tally = self.not_finite
+        verdicts = {"confirmed": tally.confirmed, "refuted": tally.refuted, "alone": tally.alone}
+        return {**self.counts.to_json(), "host_rows": dict(self.rows_served), "not_finite": verdicts}
 
     def close(self) -> None:
         """Close all links and the feed."""
@@ -153,6 +163,7 @@ class Dispatcher:
         if self._feed is None or not self._feed.end_requests(reason, END_REQUESTS_TIMEOUT_S):
             raise error
         self._is_abandoned = True
+        self.counts.given_up += 1
 
     def _forward(
         self,
@@ -171,6 +182,8 @@ class Dispatcher:
             cores.to_background(self._background)
         self._calls += 1
         call = Call(self, layer, x, topk_weights, topk_ids)
+        self.counts.calls += 1
+        self.counts.rows += call.pairs
         left = call.post()
         shared_out = shared() if shared is not None else None
         while left:
@@ -228,6 +241,7 @@ class Dispatcher:
             if self.is_dead(link):
                 return
             self._dead.add((address.host, address.incarnation))
+            self.counts.dropped_hosts += 1
             if self._routes is not None:
                 self._use_links([k for k in self._routes.links if k is not link])
         log.warning("expert host %s (incarnation %d) dropped: %s", address.host, address.incarnation, reason)

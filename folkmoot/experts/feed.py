@@ -3,8 +3,8 @@
 A worker that is blocked in a layer cannot serve calls, so the maps come over a unix socket of their own, read by a
 thread. Newline-delimited JSON: down {"map": {...}}; up {"event": "ready"} and {"event": "host_dead", "host",
 "incarnation", "reason"}. Down {"ask": "rows"} is answered by {"event": "rows", ...}, the rows of each logical expert
-(expert_rows.py). Also up: {"event": "no_replica", "reason"}, which asks to end all running requests; {"ended": number}
-down says that they are.
+(expert_rows.py), and {"ask": "counts"} alike by what was done (dispatch_counts.py). Also up: {"event": "no_replica",
+"reason"}, which asks to end all running requests; {"ended": number} down says that they are.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from folkmoot.experts.expert_map import ExpertMap
-from folkmoot.experts.expert_rows import ExpertRows
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +28,13 @@ SEND_TIMEOUT = struct.pack("ll", 1, 0)
 
 
 class MapFeed:
-    """Calls `on_map` with each map that arrives, and `rows` for what it answers when it is asked (both on its own
-    thread), and sends events up. Reconnects for ever."""
+    """Calls `on_map` with each map that arrives, and one of `answers` when it is asked (both on its own thread), and
+    sends events up. Reconnects for ever."""
 
-    def __init__(self, path: str, on_map: Callable[[ExpertMap], None], rows: Callable[[], ExpertRows]) -> None:
-        self._path, self._on_map, self._rows = path, on_map, rows
+    def __init__(
+        self, path: str, on_map: Callable[[ExpertMap], None], answers: Mapping[str, Callable[[], dict[str, Any]]]
+    ) -> None:
+        self._path, self._on_map, self._answers = path, on_map, answers
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self._unsent: list[dict[str, Any]] = []
@@ -108,8 +109,8 @@ class MapFeed:
     def _take(self, message: dict[str, Any]) -> None:
         if "ended" in message:
             self._ended.set()
-        elif message.get("ask") == "rows":
-            self.send({"event": "rows", **self._rows().to_json()})
+        elif "ask" in message:
+            self.send({"event": message["ask"], **self._answers[message["ask"]]()})
         else:
             self._on_map(ExpertMap.from_json(json.dumps(message["map"])))
 

@@ -41,7 +41,7 @@ struct header { /* wire.py: Header */
     uint16_t kind, flags;
     uint64_t seq, map_version, engine_incarnation, host_incarnation;
     uint32_t layer, rows, pairs, payload_bytes;
-    uint64_t reserved;
+    uint64_t posted_us; /* by the engine's monotonic clock */
 };
 _Static_assert(sizeof(struct header) == 64, "the header is 64 bytes");
 
@@ -252,9 +252,9 @@ static void write_header(struct call *c, struct link *l) {
         .magic = MAGIC, .kind = REQUEST, .flags = c->flags, .seq = ++l->seq, .map_version = c->map_version,
         .engine_incarnation = l->engine_incarnation, .host_incarnation = l->host_incarnation, .layer = c->layer,
         .rows = h->rows, .pairs = pairs,
-        .payload_bytes = slots + (c->flags & FLAG_SUM ? 3 * ALIGN64(pairs * 4) : pairs * 4)};
+        .payload_bytes = slots + (c->flags & FLAG_SUM ? 3 * ALIGN64(pairs * 4) : pairs * 4),
+        .posted_us = l->posted_us = now_us()};
     l->state = WAITING;
-    l->posted_us = now_us();
     if (l->page) memcpy(l->page + REQUEST_HEADER, h, sizeof *h);
 }
 

@@ -27,6 +27,7 @@ from folkmoot.experts import native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.greeter import Greeter
+from folkmoot.experts.host_load import Load
 from folkmoot.experts.node import node_id
 from folkmoot.experts.warm import Control, exit_with_owner, serve_forks
 from folkmoot.experts.wire import Hello, WireError
@@ -43,6 +44,7 @@ MAX_CONNECTIONS = 512
 MAX_AREA_BYTES = 2 << 30
 """What an engine may make one connection's rows take in each direction: headers count bytes in 32 bits."""
 REPORT_EVERY_S = 1.0
+REPORT_EVERY_US = 1_000_000
 REFUSALS = {
     -1: "not a request",
     -2: "for another incarnation",
@@ -91,15 +93,6 @@ class HostSpec:
         """Build from JSON data, whose layer numbers are strings. Raises TypeError for unknown keys."""
         experts = {int(n): tuple(int(e) for e in es) for n, es in raw["experts"].items()}
         return HostSpec(**{**raw, "experts": experts})
-
-
-@dataclass
-class Load:
-    """What a host has done since its start."""
-
-    requests: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
 
 
 def main(spec: dict[str, Any], control: Control) -> None:
@@ -190,9 +183,10 @@ class ExpertServer:
         on_load: Callable[[Load], None] | None = None,
     ) -> None:
         self.spec, self.kernels, self.slots = spec, kernels, slots
-        self.load = Load()
+        self.load = Load.of(slots)
         self._on_load = on_load
         self._reported_at = 0.0
+        self._is_told = True
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._new: collections.deque[ShmConnection] = collections.deque()
         self._inbox: collections.deque[TcpConnection] = collections.deque()
@@ -222,10 +216,10 @@ class ExpertServer:
         return HostAddress(self.spec.host, self.spec.incarnation, node_id(), str(path), tcp_address)
 
     def serve(self) -> None:
-        """Compute for ever. Blocks without a time-out while there is nothing to do."""
+        """Compute for ever. Blocks without a time-out while there is nothing to do or to report."""
         waiters = self._arm_all()
         while True:
-            native.wait(waiters, len(waiters), self.spec.yield_us, -1)
+            native.wait(waiters, len(waiters), self.spec.yield_us, -1 if self._is_told else REPORT_EVERY_US)
             changed = waiters[0].state != native.PENDING and self._woken()
             waiters[0].state = native.PENDING
             for i, connection in enumerate(self._connections, 1):
@@ -268,9 +262,11 @@ class ExpertServer:
         began = time.monotonic()
         request = connection.raw
         wrong = native.take(ctypes.addressof(request))
+        self._is_told = self._on_load is None
         if wrong:
-            return _refuse(connection, f"{REFUSALS[wrong]}: {request.header}")
+            return self._refuse(connection, f"{REFUSALS[wrong]}: {request.header}")
         header = request.header
+        self.load.waited(connection.came_s or header.posted_us / 1e6, began)
         kernel, pairs = self.kernels[header.layer], header.pairs
         try:
             if header.flags & wire.FLAG_SUM:
@@ -279,11 +275,10 @@ class ExpertServer:
                 kernel(connection.x[:pairs], connection.slots[:pairs], out=connection.out[:pairs])
         except Exception as e:  # other engines are to be served on
             log.exception("a kernel failed on %s", header)
-            return _refuse(connection, f"the kernel failed: {type(e).__name__}: {e}")
-        self.load.requests += 1
-        self.load.rows += pairs
-        self.load.busy_s += time.monotonic() - began
-        native.answer(ctypes.addressof(request), wire.REPLY, header.rows * connection.row_bytes)
+            return self._refuse(connection, f"the kernel failed: {type(e).__name__}: {e}")
+        size = header.rows * connection.row_bytes
+        self.load.answered(header.layer, pairs, time.monotonic() - began, header.payload_bytes, size)
+        native.answer(ctypes.addressof(request), wire.REPLY, size)
         return True
 
     def _drop(self, connection: ShmConnection) -> None:
@@ -337,15 +332,16 @@ class ExpertServer:
         os.eventfd_write(self._wake, 1)
 
     def _report(self) -> None:
-        if self._on_load is not None and time.monotonic() - self._reported_at > REPORT_EVERY_S:
-            self._reported_at = time.monotonic()
-            self._on_load(self.load)
+        if self._on_load is None or self._is_told or time.monotonic() - self._reported_at < REPORT_EVERY_S:
+            return
+        self._reported_at, self._is_told = time.monotonic(), True
+        self._on_load(self.load)
 
-
-def _refuse(connection: Areas, text: str) -> bool:
-    log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)
-    native.answer(ctypes.addressof(connection.raw), wire.ERROR, connection.write_text(text))
-    return False
+    def _refuse(self, connection: Areas, text: str) -> bool:
+        log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)
+        self.load.refused += 1
+        native.answer(ctypes.addressof(connection.raw), wire.ERROR, connection.write_text(text))
+        return False
 
 
 def _run_sum(kernel: Kernel, areas: Areas, rows: int, pairs: int) -> None:

@@ -27,7 +27,7 @@ class Header(ctypes.Structure):
         ("rows", c_uint32),
         ("pairs", c_uint32),
         ("payload_bytes", c_uint32),
-        ("reserved", c_uint64),
+        ("posted_us", c_uint64),
     )
 
     def __repr__(self) -> str:

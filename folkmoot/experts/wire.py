@@ -11,7 +11,8 @@ a payload:
     error    UTF-8 text; the host then closes the connection
 
 The header (`Header` in native.py) carries kind, flags, sequence (from 1 on each connection), map version, both
-incarnations, layer, rows of the reply, pairs and payload bytes. A reply repeats its request's, but for kind and bytes.
+incarnations, layer, rows of the reply, pairs, payload bytes, and when the request was posted (microseconds of the
+engine's monotonic clock). A reply repeats its request's, but for kind and bytes.
 
 Parts of a payload begin at multiples of 64 bytes. Integers are little-endian. Both ends check every field: what does
 not match (magic, incarnations, sequence) is dropped with its connection.

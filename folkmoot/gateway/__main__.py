@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from folkmoot import logs
 from folkmoot.gateway import tracing
 from folkmoot.gateway.batch_store import BatchSettings
+from folkmoot.gateway.metrics_server import MetricsAddressTaken
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings, parse_weights
@@ -46,6 +47,8 @@ HELP = {
     "tls_cert": "PEM file with the certificate chain: serve TLS; read again when it changes",
     "tls_key": "PEM file with its private key",
     "tls_client_ca": "PEM file with the CA of clients' certificates: mutual TLS, others are not let in",
+    "metrics": "address for Prometheus (GET /metrics); port 0 takes a free one, which is printed; off: no metrics",
+    "metrics_dir": "folder in which the processes of a node share one such address; `folkmoot up` gives it",
     "shutdown_s": "how long streams may finish on SIGTERM",
     "lease_s": "an engine that is silent for so long loses its requests (alike in gateways and engines)",
     "max_attempts": "leases of one request before it is given up (alike in gateways and engines)",
@@ -94,9 +97,16 @@ async def _run(settings: GatewaySettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await serve(settings, stop, lambda address: print(f"listening on {address}", flush=True))
+        await serve(
+            settings,
+            stop,
+            lambda address: print(f"listening on {address}", flush=True),
+            lambda url: print(f"metrics at {url}", flush=True),
+        )
     except TlsError as e:
         raise SystemExit(f"tls_cert, tls_key, tls_client_ca: {e}") from None
+    except MetricsAddressTaken as e:
+        raise SystemExit(f"metrics: {e}") from None
     except StoreUrlError as e:
         raise SystemExit(f"redis: {e}") from None
 

@@ -68,8 +68,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
         operation = await _or_abort(context, submitted)
         if operation.state == operations.FAILED:
-            what = _refusal(operation)
-            await context.abort(what.code, what.message, what.trailing)
+            await status.abort(context, _refusal(operation))
         return _message(operation)
 
     async def _taken_up(self, operation: Operation) -> Operation:
@@ -106,8 +105,7 @@ async def _or_abort(context: Context, work: Callable[[], Awaitable[Operation]]) 
     except UnknownOperation as e:
         await context.abort(grpc.StatusCode.NOT_FOUND, str(e))
     except (GatewayError, InvalidRequest) as e:
-        what = status.of(e)
-        await context.abort(what.code, what.message, what.trailing)
+        await status.abort(context, status.of(e))
     raise AssertionError("abort returned")
 
 

@@ -121,6 +121,6 @@ def _refusing(what: status.Status) -> "grpc.RpcMethodHandler[Any, Any]":
     """A handler that refuses before it has read anything, whatever kind of call it is."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        await context.abort(what.code, what.message, what.trailing)
+        await status.abort(context, what)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -108,6 +108,7 @@ if not string.find(from, ' ' .. status .. ' ', 1, true) then return status end
 redis.call('HSET', key, 'status', to, to .. '_at', now)
 for i = 5, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i + 1]) end
 if to == 'completed' or to == 'failed' or to == 'expired' or to == 'cancelled' then
+  redis.call('HINCRBY', root .. ':counts', 'batches_' .. to, 1)
   local retention = tonumber(redis.call('HGET', key, 'retention'))
   redis.call('ZREM', open_key, id)
   redis.call('UNLINK', part_key(id, 'input'), part_key(id, 'done'), part_key(id, 'retries'))
@@ -135,6 +136,7 @@ for i = 3, #ARGV, 6 do
     redis.call('XADD', part_key(id, file), at .. '-1', 'd', payload)
     redis.call('HINCRBY', key, 'prompt_tokens', ARGV[i + 4])
     redis.call('HINCRBY', key, 'completion_tokens', ARGV[i + 5])
+    redis.call('HINCRBY', root .. ':counts', 'lines_' .. file, 1)
     news = news + 1
   end
   forget(request)

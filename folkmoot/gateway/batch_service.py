@@ -202,6 +202,4 @@ async def _or_abort(context: Context, work: Callable[[], Awaitable[T]]) -> T:
     try:
         return await work()
     except (GatewayError, InvalidRequest) as e:
-        what = status.of(e)
-        await context.abort(what.code, what.message, what.trailing)
-    raise AssertionError("abort returned")
+        await status.abort(context, status.of(e))

@@ -12,8 +12,10 @@ The engine's own loop stays small:
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from folkmoot import logs
@@ -30,6 +32,17 @@ LEAVE_S = 5.0  # how long leaving may wait for the store
 POLL_S = 1.0  # how long a lost wake-up can delay a lease, at most; an expired lease is seen after lease_s / 4
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # pause between two tries while the store is away
 APPENDS_A_CALL = 512
+
+
+@dataclass
+class HolderCounts:
+    """Since the start: leases, of them of requests that had been leased before, tokens that are journalled, and appends
+    that the store did not take, by its answer."""
+
+    leases: int = 0
+    leases_again: int = 0
+    journalled_tokens: int = 0
+    refused: Counter[Held] = field(default_factory=Counter)
 
 
 class LeaseHolder:
@@ -51,6 +64,7 @@ class LeaseHolder:
     ) -> None:
         self._queue = queue
         self._engine = engine
+        self.counts = HolderCounts()
         self._record = record
         self._on_ended = on_ended
         self._held: dict[tuple[str, int], Lease] = {}
@@ -123,6 +137,8 @@ class LeaseHolder:
             leases = await self._queue.lease(self._record.name, self._engine, max_requests, max_tokens, batch=batch)
             for lease in leases:
                 self._take(lease)
+            self.counts.leases += len(leases)
+            self.counts.leases_again += sum(lease.epoch > 1 for lease in leases)
             left_s = until - time.monotonic()
             if leases or left_s <= 0 or self._ask_again:
                 return leases
@@ -243,9 +259,11 @@ class LeaseHolder:
 
     async def _settle(self, one: Append, answer: Held) -> None:
         if answer == Held.OK:
+            self.counts.journalled_tokens += len(one.response.token_ids)
             if one.response.HasField("finish"):
                 self._forget(one.request_id, one.epoch, lambda span: lease_span.finished(span, one.response))
             return
+        self.counts.refused[answer] += 1
         lease = self._held.get((one.request_id, one.epoch))
         self._ended(one.request_id, one.epoch, answer)
         if answer == Held.GAP and lease is not None:

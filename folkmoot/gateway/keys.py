@@ -60,8 +60,8 @@ class Keys:
         return f"{self.root}:past:{model}:{lane}"
 
     def load(self, model: str, lane: Lane) -> str:
-        """Hash: {waiting,running}_{requests,tokens}; floor, the shares that a new tenant begins with; and
-        submitted_tokens, which only grows."""
+        """Hash: {waiting,running}_{requests,tokens}; floor, the shares that a new tenant begins with; and what only
+        grows: submitted_tokens, ended_OUTCOME, leased_again, leases_expired."""
         return f"{self.root}:load:{model}:{lane}"
 
     def tenant_load(self, model: str, lane: Lane) -> str:
@@ -166,6 +166,11 @@ class Keys:
     def open_batches(self) -> str:
         """Sorted set: batches that have not ended -> their deadline (Unix ms)."""
         return f"{self.root}:batches:open"
+
+    @property
+    def counts(self) -> str:
+        """Hash of what only grows: batches_STATUS that have ended so, lines_{output,errors} that have their result."""
+        return f"{self.root}:counts"
 
     def batch(self, batch_id: str) -> str:
         """Hash: what is known of one batch."""

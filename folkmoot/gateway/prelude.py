@@ -74,10 +74,14 @@ local function free(id, r)
   if r.state == 'running' then redis.call('SREM', held_key(r.engine), id) end
 end
 
--- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else. `used`: the tokens
--- that it really took, prompt and answer, or nil.
+-- Numbers of a lane that only grow.
+local function tally(r, what) redis.call('HINCRBY', lane_key('load', r), what, 1) end
+
+-- The one way to end a request. `by` is the epoch of the engine that ends it, 0 for anyone else, who says in
+-- `r.outcome` why (metrics_queue.OUTCOMES). `used`: the tokens that it really took, prompt and answer, or nil.
 local function close(id, r, offset, payload, by, used)
   journal(id, r, offset, payload)
+  tally(r, 'ended_' .. (r.outcome or (by > 0 and 'answered' or 'dropped')))
   count(r, r.state == 'running' and 'running' or 'waiting', -1)
   leave_line(r)
   free(id, r)
@@ -99,10 +103,13 @@ end
 local function over(id, r)
   if r.state == 'done' then return true end
   if now >= r.deadline then
+    r.outcome = 'deadline'
     close(id, r, r.next, finish(r.next, DEADLINE, 4, 'the deadline passed before the request was finished'), 0)
   elseif r.state == 'queued' and r.epoch == 0 and now >= r.queue_deadline then
+    r.outcome = 'untaken'
     close(id, r, r.next, finish(r.next, ERROR, 14, 'no engine took the request in time; retry later'), 0)
   elseif r.grace > 0 and now >= r.attended then
+    r.outcome = 'abandoned'
     close(id, r, r.next, finish(r.next, CANCELLED, 1, 'the client went away and did not come back'), 0)
   end
   return r.state == 'done'
@@ -111,6 +118,7 @@ end
 local function bury(id, r, message)
   redis.call('XADD', root .. ':dead:' .. r.model, 'MAXLEN', '~', 10000, '*', 'id', id, 'error', message,
              'attempts', r.attempts, 'body', redis.call('HGET', request_key(id), 'body'))
+  r.outcome = 'given_up'
   close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 

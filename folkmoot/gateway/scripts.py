@@ -14,6 +14,7 @@ begin with (keys.py).
 
 from folkmoot.gateway.access_scripts import SWAP_KEY
 from folkmoot.gateway.batch_scripts import BATCHES
+from folkmoot.gateway.metrics_scripts import FIGURES
 from folkmoot.gateway.prelude import PRELUDE
 
 # ARGV: gateway, then 17 fields per request. Returns per request: ok | same | taken | full:requests | full:tokens |
@@ -111,7 +112,8 @@ local function take(id, r)
   if is_last_attempt(r, max_attempts) then redis.call('SET', trial_key, id, 'PX', r.deadline - now) end
   move(r, r.state == 'running' and 'running' or 'waiting', 'running')
   free(id, r)
-  if r.epoch == 0 then leave_waiting(r) end
+  if r.epoch == 0 then leave_waiting(r) else tally(r, 'leased_again') end
+  if r.state == 'running' then tally(r, 'leases_expired') end
   r.state, r.epoch, r.attempts, r.engine = 'running', r.epoch + 1, r.attempts + 1, engine
   rank(r)
   hold(r)
@@ -309,6 +311,7 @@ CANCEL = (
 local r = read(ARGV[1])
 if not r then return 'unknown' end
 if over(ARGV[1], r) then flush() return 'done' end
+r.outcome = 'cancelled'
 close(ARGV[1], r, r.next, finish(r.next, CANCELLED, 1, ARGV[2]), 0)
 flush()
 return 'cancelled'
@@ -391,4 +394,5 @@ ALL = {
     "register": REGISTER,
     **BATCHES,
     "swap_key": SWAP_KEY,
+    "figures": FIGURES,
 }

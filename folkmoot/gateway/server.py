@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from folkmoot.gateway import batch_runner, readiness, tasks
+from folkmoot.gateway import batch_runner, metrics_server, readiness, tasks
 from folkmoot.gateway.admin import AdminService
 from folkmoot.gateway.api_keys import KeyRing, KeyStore
 from folkmoot.gateway.auth import Door
@@ -17,6 +17,9 @@ from folkmoot.gateway.batch_service import BatchService
 from folkmoot.gateway.batch_store import BatchStore
 from folkmoot.gateway.dead_letters import DeadLetters
 from folkmoot.gateway.journal import JournalReader
+from folkmoot.gateway.metrics import GatewayCounts
+from folkmoot.gateway.metrics_calls import Meter
+from folkmoot.gateway.metrics_gateway import GatewayMetrics
 from folkmoot.gateway.operations import Operations
 from folkmoot.gateway.pb import (
     admin_pb2,
@@ -42,18 +45,27 @@ CUT_S = 2.0  # for the last words to streams that did not finish in time
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Folkmoot"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 BATCHES = batches_pb2.DESCRIPTOR.services_by_name["Batches"].full_name
+METHODS = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for file in (gateway_pb2, admin_pb2, batches_pb2, health_pb2, reflection_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
 READY = "ready"
 """The health service's name for: an engine can serve now. The other names say that this gateway lives."""
 
 
 async def serve(
-    settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] = lambda address: None
+    settings: GatewaySettings,
+    stop: asyncio.Event,
+    on_listening: Callable[[str], None] = lambda address: None,
+    on_metrics: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until `stop` is set; then refuse new calls, and let streams finish for `shutdown_s`.
 
-    `on_listening` gets the address with the real port (for a `listen` that ends with :0).
+    `on_listening` gets the address with the real port (for a `listen` that ends with :0), `on_metrics` the URL.
     The store may be away at the start: calls answer UNAVAILABLE until it is there. Raises RuntimeError where the
-    address cannot be bound, TlsError where the certificates are unsound.
+    address cannot be bound, TlsError where the certificates are unsound, MetricsAddressTaken.
     """
     certificates = Certificates(settings.tls) if settings.tls is not None else None
     store = Store(settings.redis, settings.namespace)
@@ -61,7 +73,9 @@ async def serve(
     batches = BatchStore(store, settings.batches, settings.queue.lease_s)
     letters = DeadLetters(queue, settings.max_request_s, settings.default_answer_tokens)
     keys = KeyRing(KeyStore(store)) if settings.require_keys else None
-    server = grpc.aio.server(options=_options(settings), interceptors=(Door(keys, settings.max_calls),))
+    counts, door = GatewayCounts(), Door(keys, settings.max_calls)
+    meter = () if settings.metrics == metrics_server.OFF else (Meter(counts, METHODS),)
+    server = grpc.aio.server(options=_options(settings), interceptors=(*meter, door))
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((SERVICE, ADMIN, BATCHES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -77,16 +91,18 @@ async def serve(
             await _say(checks, health_pb2.HealthCheckResponse.SERVING)
             watching = asyncio.create_task(readiness.watch(queue, lambda is_ready: _say_ready(checks, is_ready)))
             on_listening(f"{settings.listen.rpartition(':')[0]}:{port}")
-            async with batch_runner.running(queue, batches, reader.gateway, settings.default_answer_tokens):
-                await stop.wait()
-            log.info("stopping: streams may finish for %g s", settings.shutdown_s)
-            await tasks.cancel([watching])
-            await _say_ready(checks, False)
-            await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
-            ending = asyncio.create_task(server.stop(settings.shutdown_s + CUT_S))
-            await asyncio.wait((ending,), timeout=settings.shutdown_s)
-            reader.stop()
-            await ending
+            text = GatewayMetrics(counts, store, certificates).text
+            async with metrics_server.serving(settings.metrics, "gateway", text, settings.metrics_dir, on_metrics):
+                async with batch_runner.running(queue, batches, reader.gateway, settings.default_answer_tokens):
+                    await stop.wait()
+                log.info("stopping: streams may finish for %g s", settings.shutdown_s)
+                await tasks.cancel([watching])
+                await _say_ready(checks, False)
+                await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+                ending = asyncio.create_task(server.stop(settings.shutdown_s + CUT_S))
+                await asyncio.wait((ending,), timeout=settings.shutdown_s)
+                reader.stop()
+                await ending
     finally:
         await server.stop(0)
         await store.close()
@@ -101,6 +117,8 @@ def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | Non
 
 def _warn(settings: GatewaySettings) -> None:
     """Say what is not as safe as it could be."""
+    if settings.metrics != metrics_server.OFF and not is_local(settings.metrics):
+        log.warning("metrics can be read by whoever reaches %s", settings.metrics)
     if is_local(settings.listen):
         return
     if not settings.is_guarded:

@@ -5,12 +5,12 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
 from folkmoot import logs
-from folkmoot.gateway import status, tracing
+from folkmoot.gateway import metrics, status, tracing
 from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
@@ -48,6 +48,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Submit, then stream until the last piece."""
+        metrics.current().lane = LANE_OF.get(request.lane, "")
         try:
             on_disconnect = request.on_disconnect
             submission = await self._accept(request, context.time_remaining())
@@ -60,7 +61,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                 stream.close()
                 raise
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         stream.live = True
         ends_s = time.monotonic() + submission.remaining_s
         try:
@@ -77,7 +78,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             request_id = _named(request.request_id)
             stream = await self._reader.follow(request_id, request.offset)
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         try:
             await self._stream(stream, context, time.monotonic() + self._settings.max_request_s, request_id)
         finally:
@@ -90,21 +91,21 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             found.request_id = request.request_id
             return found
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a request."""
         try:
             return pb.CancelResponse(was_running=await self._queue.cancel(_named(request.request_id)))
         except (GatewayError, InvalidRequest) as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """All models with their engines and load."""
         try:
             return pb.ListModelsResponse(models=await self._list_models())
         except GatewayError as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     async def GetClusterStatus(
         self, request: pb.GetClusterStatusRequest, context: Context
@@ -116,7 +117,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             models = await self._list_models()
             return pb.GetClusterStatusResponse(json=document, models=models, experts_json=experts)
         except GatewayError as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
 
     # ----------------------------------------------------------------------------------------- behind it
 
@@ -163,13 +164,13 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
                 piece = await self._write_pieces(stream, context, request_id)
         except TimeoutError:
             self._keep(self._settle_late(request_id))
-            await _abort(context, LATE)
+            await status.abort(context, LATE)
         except UnknownRequest as e:
-            await _abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
+            await status.abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
         except GatewayStopping as e:
-            await _abort(context, status.of(e))
+            await status.abort(context, status.of(e))
         if piece.finish.code:
-            await _abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
+            await status.abort(context, status.Status(status.CODES[piece.finish.code], piece.finish.message))
 
     async def _write_pieces(self, stream: Stream, context: Context, request_id: str) -> pb.GenerateResponse:
         try:
@@ -179,11 +180,14 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             await context.write(pb.GenerateResponse(request_id=public(request_id), offset=stream.position))
             piece = await anext(stream)
         tracing.current().event("first piece")
+        call = metrics.current()
         piece.request_id = public(request_id)
         await context.write(piece)
+        call.wrote(len(piece.token_ids))
         while not piece.HasField("finish"):
             piece = await anext(stream)
             await context.write(piece)
+            call.wrote(len(piece.token_ids))
         tracing.current().set(usage_of(piece))
         return piece
 
@@ -271,8 +275,3 @@ def _named(request_id: str) -> str:
     logs.bind(request_id=request_id)
     tracing.current().set({"folkmoot.request_id": request_id})
     return caller().scoped(request_id)
-
-
-async def _abort(context: Context, what: status.Status) -> NoReturn:
-    await context.abort(what.code, what.message, what.trailing)
-    raise AssertionError("abort returned")

@@ -36,6 +36,8 @@ class GatewaySettings(BaseModel):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None  # who shows no certificate of this CA is not let in
+    metrics: Annotated[str, Field(pattern=r"^(off|.+:\d{1,5})$")] = "127.0.0.1:0"  # where Prometheus may ask
+    metrics_dir: Path | None = None  # processes of this node that share that address find each other there
     shutdown_s: Annotated[float, Field(ge=0)] = 20.0  # on SIGTERM streams may finish for so long
 
     @property

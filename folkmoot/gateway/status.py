@@ -14,13 +14,14 @@ PermissionDenied  PERMISSION_DENIED
 """
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from folkmoot.gateway import errors
+from folkmoot.gateway import errors, metrics
 from folkmoot.gateway.validate import InvalidRequest
 
 DOMAIN = "folkmoot"
@@ -37,6 +38,8 @@ REASONS: dict[type[errors.StoreError], str] = {
     errors.StoreDiskFull: "STORE_DISK_FULL",
     errors.StoreRefused: "STORE_REFUSED",
 }
+ALL_REASONS = ("QUEUE_FULL", "TENANT_LIMIT", "TOO_MANY_CALLS", "GATEWAY_STOPPING", *REASONS.values())
+"""What ErrorInfo.reason may say."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class Status:
     code: grpc.StatusCode
     message: str
     trailing: tuple[tuple[str, str | bytes], ...] = ()
+    reason: str = ""  # ErrorInfo.reason
+
+
+async def abort(context: Any, what: Status) -> NoReturn:
+    """End the call that is being served with this."""
+    metrics.current().refused(what.reason)
+    await context.abort(what.code, what.message, what.trailing)
+    raise AssertionError("abort returned")
 
 
 def of(error: errors.GatewayError | InvalidRequest) -> Status:
@@ -87,7 +98,7 @@ def of(error: errors.GatewayError | InvalidRequest) -> Status:
 def _retry(code: grpc.StatusCode, message: str, after_ms: int, reason: str) -> Status:
     delay = Duration(seconds=after_ms // 1000, nanos=after_ms % 1000 * 1_000_000)
     status = _status(code, message, error_details_pb2.RetryInfo(retry_delay=delay), _info(reason))
-    return Status(code, message, (*status.trailing, ("retry-after-ms", str(after_ms))))
+    return Status(code, message, (*status.trailing, ("retry-after-ms", str(after_ms))), reason)
 
 
 def _info(reason: str) -> error_details_pb2.ErrorInfo:
@@ -100,4 +111,5 @@ def _status(code: grpc.StatusCode, message: str, *details: Message) -> Status:
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
-    return Status(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
+    reason = next((d.reason for d in details if isinstance(d, error_details_pb2.ErrorInfo)), "")
+    return Status(code, message, (("grpc-status-details-bin", status.SerializeToString()),), reason)

@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -16,6 +18,7 @@ from redis.backoff import NoBackoff
 
 from folkmoot.gateway import errors, scripts, tasks
 from folkmoot.gateway.keys import Keys
+from folkmoot.gateway.metrics import STORE_BOUNDS_S, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +79,27 @@ class StoreUrlError(ValueError):
         )
 
 
+@dataclass
+class StoreCounts:
+    """Round trips of one connection: how long each script took, and what went wrong."""
+
+    took_s: dict[str, Histogram] = field(default_factory=dict)
+    failures: Counter[type[errors.StoreError]] = field(default_factory=Counter)
+
+    def took(self, script: str, seconds: float) -> None:
+        """One that went well."""
+        if (found := self.took_s.get(script)) is None:
+            found = self.took_s[script] = Histogram(STORE_BOUNDS_S)
+        found.observe(seconds)
+
+
 class Store:
     """One store, by URL (redis://, rediss://, unix://; any Redis 7+ or Valkey). Belongs to one event loop."""
 
     def __init__(self, url: str, namespace: str = "folkmoot") -> None:
         """Raises StoreUrlError."""
         self.keys = Keys(namespace)
+        self.counts = StoreCounts()
         self._client: Any = _client(url, ANSWER_TIMEOUT_S)
         self._listener = _client(url, None)  # a subscription may be silent for long
         self._room = asyncio.Semaphore(MAX_CONNECTIONS)
@@ -103,21 +121,25 @@ class Store:
             except rex.NoScriptError:  # first use, or the store was restarted
                 return await self._client.execute_command("EVAL", scripts.ALL[script], *rest)
 
-        return await self._ask(evaluate)
+        return await self._ask(script, evaluate)
 
     async def command(self, *args: bytes | str | int) -> Any:
         """Run one plain command, with the reply as it comes (bytes, int, lists). Raises StoreError."""
-        return await self._ask(lambda: self._client.execute_command(*args))
+        return await self._ask("command", lambda: self._client.execute_command(*args))
 
-    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """When there is room: its reply, with errors translated and breaks noted."""
+    async def _ask(self, name: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """When there is room: its reply, with errors translated, all counted and breaks noted."""
+        began_s = time.perf_counter()
         try:
             async with self._room:
                 with translated():
                     reply = await ask()
-        except errors.StoreUnavailable as e:
-            await self._broke(e)
+        except errors.StoreError as e:
+            self.counts.failures[type(e)] += 1
+            if isinstance(e, errors.StoreUnavailable):
+                await self._broke(e)
             raise
+        self.counts.took(name, time.perf_counter() - began_s)
         self._reached_since_s = self._reached_since_s or time.monotonic()
         return reply
 

@@ -40,6 +40,8 @@ class Certificates:
     def __init__(self, files: TlsFiles) -> None:
         """Raises TlsError."""
         self._files = files
+        self.reads = {"sound": 0, "unsound": 0}
+        """times that files which had changed were read, by outcome"""
         self._stamp = _stamp(files)
         self._first = _read(files)
 
@@ -57,8 +59,10 @@ class Certificates:
             configuration = _read(self._files)
         except TlsError as e:  # half written, perhaps; the next handshake looks again
             log.error("the certificates stay as they were: %s", e)
+            self.reads["unsound"] += 1
             return None
         self._stamp = stamp
+        self.reads["sound"] += 1
         log.info("new certificates from %s", self._files.cert)
         return configuration
 

@@ -4,6 +4,7 @@ A request that another engine took over must give what it gives undisturbed, tok
 whatever its sampling options are.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,25 +281,32 @@ def dead_letters(cluster: Cluster) -> list[tuple[str, str]]:
     return asyncio.run(read())
 
 
+def kill_all(pids: Iterable[int]) -> list[int]:
+    """SIGKILL to each that is alive; those that were."""
+    alive = [pid for pid in pids if is_alive(pid)]
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return alive
+
+
 def test_everything_is_killed_and_started_again(no_cluster: Cluster, mixtral: Path) -> None:
     """As a power cut does it: the queue is found, and a client that knows its request gets the whole answer."""
     chosen = {"greedy": "greedy", "seeded": "seeded", "waits": "penalties"}
-    # Long enough to be under way still once all processes are found.
     options = {name: {**OPTIONS[kind], "max_tokens": 2 * LENGTH} for name, kind in chosen.items()}
     arguments = ("--model", str(mixtral), *ARGUMENTS[:-2], "--max-num-seqs", "2")
     no_cluster.up(*arguments)
     undisturbed = {name: ask(no_cluster, one) for name, one in options.items()}
     finish(no_cluster, list(undisturbed.values()))
+    state = json.loads((no_cluster.state_dir / no_cluster.name / "state.json").read_text())
+    # Found beforehand, since looking takes as long as a short answer.
+    everything = [state["pid"], *processes_of(no_cluster.marker)]
+    assert len(everything) > 8
     begun = {name: ask(no_cluster, {**one, "detach": True}) for name, one in options.items()}
     running = [begun["greedy"], begun["seeded"]]
     eventually(lambda: all(len(a.tokens) >= 40 for a in running), 60.0, "two of them have begun")
-    state = json.loads((no_cluster.state_dir / no_cluster.name / "state.json").read_text())
-    os.kill(state["pid"], signal.SIGKILL)
-    for pid in (everything := processes_of(no_cluster.marker)):
-        if is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
-    assert len(everything) > 8
-    eventually(lambda: not processes_of(no_cluster.marker), 20.0, "nothing is left")
+    kill_all(everything)
+    eventually(lambda: not kill_all(processes_of(no_cluster.marker)), 20.0, "nothing is left")
     assert all(len(a.tokens) < 2 * LENGTH for a in begun.values()), "killed in the middle"
     no_cluster.up(*arguments)
     try:

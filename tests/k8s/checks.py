@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from ray._private import ray_constants
 from ray.scripts.scripts import start as ray_start
 
+from folkmoot.cluster import app
 from folkmoot.cluster.engine import Engine
+from folkmoot.gateway.metrics_server import PATH
 from folkmoot.gateway.probe import ADDRESS
 from folkmoot.gateway.server import CUT_S, READY, SERVICE
 from folkmoot.gateway.settings import GatewaySettings
@@ -31,6 +33,7 @@ from tests.k8s.manifests import (
     probes,
     ray_service,
     secrets_made,
+    serve_config,
 )
 
 RAY_PORTS = {
@@ -145,16 +148,22 @@ def image_problems(objects: list[Object]) -> list[str]:
     return found
 
 
-def expected_ports(container: Object) -> dict[str, int]:
+def expected_ports(objects: list[Object], container: Object) -> dict[str, int]:
     """The ports on which the code in this container listens, by its own settings."""
     line = words(container)
     if "folkmoot.gateway" in line:
-        return {"grpc": int((after(line, "--listen") or "").rpartition(":")[2])}
+        return {name: _port(after(line, option)) for name, option in (("grpc", "--listen"), ("metrics", "--metrics"))}
     if line[:1] == ["valkey-server"]:
         return {"redis": int(after(line, "--port") or 0)}
-    if container["name"] == "ray-head":
-        return RAY_PORTS
-    return {"metrics": RAY_PORTS["metrics"]} if container["name"] == "ray-worker" else {}
+    if not container["name"].startswith("ray-"):
+        return {}
+    (application,) = serve_config(objects)["applications"]
+    node = {"node-metrics": _port(app.parse(application["args"]).metrics)}
+    return {**(RAY_PORTS if container["name"] == "ray-head" else {"metrics": RAY_PORTS["metrics"]}), **node}
+
+
+def _port(address: str | None) -> int:
+    return int((address or "").rpartition(":")[2] or 0)
 
 
 def port_problems(objects: list[Object]) -> list[str]:
@@ -162,8 +171,8 @@ def port_problems(objects: list[Object]) -> list[str]:
     found = []
     for name, container in containers(objects):
         named = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
-        if named != expected_ports(container):
-            found.append(f"{name}: ports {named}, but it listens on {expected_ports(container)}")
+        if named != (expected := expected_ports(objects, container)):
+            found.append(f"{name}: ports {named}, but it listens on {expected}")
         is_ray = container["name"].startswith("ray-")
         for probe in probes(container):
             for kind in ("grpc", "tcpSocket", "httpGet"):
@@ -186,6 +195,8 @@ def port_problems(objects: list[Object]) -> list[str]:
     for monitor in of_kind(objects, "PodMonitor"):
         for template in matching(objects, monitor["spec"]["selector"]):
             for end in monitor["spec"]["podMetricsEndpoints"]:
+                if end.get("path", PATH) != PATH:
+                    found.append(f"PodMonitor {monitor['metadata']['name']}: nothing is at {end['path']}")
                 if end["port"] not in _ports_of([template]):
                     found.append(f"PodMonitor {monitor['metadata']['name']}: {labels(template)} has no {end['port']}")
     return found

@@ -19,7 +19,7 @@ CRD_FILES = {
     "ScaledObject": "keda.sh_scaledobjects.yaml",
     "TriggerAuthentication": "keda.sh_triggerauthentications.yaml",
 }
-WITHOUT_SCHEMA = frozenset({"PodMonitor"})
+WITHOUT_SCHEMA = frozenset({"PodMonitor", "PrometheusRule"})
 """Kinds of others, of which no definition is at hand."""
 
 

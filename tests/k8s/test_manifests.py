@@ -41,6 +41,7 @@ REFUSED = [
     *((ours(part), ours("ray-store"), 6379) for part in ("engine", "expert-host", "store")),
     *((ours("expert-host"), ours("store"), 6379), (ours("expert-host"), API_SERVER, 443)),
     *((ours("store"), ours("gateway"), 50051), (OPERATOR, ours("store"), 6379), (CLIENT, ours("gateway"), 9)),
+    *((who, ours(part), 9464) for who in (CLIENT, STRANGER, ours("store")) for part in ("gateway", *RAYS)),
 ]
 
 
@@ -78,8 +79,8 @@ def test_who_must_talk_may_and_nobody_else(overlay: str) -> None:
     assert [flow for flow in ALLOWED if not may_talk(objects, *flow)] == []
     assert [flow for flow in REFUSED if may_talk(objects, *flow)] == []
     assert may_talk(objects, KEDA, ours("store"), 6379) is bool(of_kind(objects, "ScaledObject"))
-    for part in RAYS:
-        assert may_talk(objects, PROMETHEUS, ours(part), 8080) is bool(of_kind(objects, "PodMonitor"))
+    for part, port in [("gateway", 9464), *((part, port) for part in RAYS for port in (8080, 9464))]:
+        assert may_talk(objects, PROMETHEUS, ours(part), port) is bool(of_kind(objects, "PodMonitor"))
 
 
 def test_the_documents_table_names_every_port() -> None:

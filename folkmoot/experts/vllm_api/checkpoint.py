@@ -12,10 +12,12 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    import torch
 
 _ROUTED = re.compile(r"(?<!shared_)experts\.(?:(\d+)\.)?")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -123,7 +125,7 @@ def count_experts(tensors: Sequence[ExpertTensor]) -> int:
     return stacked.pop()
 
 
-def read_experts(tensors: Sequence[ExpertTensor], experts: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_experts(tensors: Sequence[ExpertTensor], experts: Sequence[int]) -> "Iterator[tuple[str, torch.Tensor]]":
     """The tensors of one layer as a model of only `experts` would have them: slot i is experts[i].
 
     Numbered names are renumbered, fused tensors indexed. Nothing else is read from disk.
@@ -163,8 +165,10 @@ def identity(checkpoint: Path) -> str:
     return json.dumps(facts)
 
 
-def _rows(fused: Any, experts: Sequence[int]) -> torch.Tensor:
+def _rows(fused: Any, experts: Sequence[int]) -> "torch.Tensor":
     """Rows `experts` of a lazily read tensor; one contiguous read where they are consecutive."""
+    import torch
+
     first, count = experts[0], len(experts)
     if list(experts) == list(range(first, first + count)):
         return torch.as_tensor(fused[first : first + count])
