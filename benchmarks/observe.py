@@ -2,23 +2,30 @@
 
 Side by side in one run, in turns: two gateways on one store with an engine that answers at once (answers of one piece,
 and of 32, each a message), and two small clusters (vLLM, four expert hosts each). Each figure is the median of the
-rounds' ratios. `--quick` leaves the clusters out.
+rounds' ratios. `--quick` leaves the clusters out. OTEL_TRACES_SAMPLER says how many traces `--traces` records: all,
+unless it is set.
 
     python -m benchmarks.observe --json observe.json
+    python -m benchmarks.observe --traces                    # "on" makes traces, too, and sends them to a collector
     python -m benchmarks.observe --picture panels.png        # what the dashboard shows of a small cluster under load
 """
 
 import asyncio
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from benchmarks.checkpoints import tiny
 from benchmarks.clusters import Cluster
@@ -39,6 +46,8 @@ PIECES = (1, 32)
 CLIENTS, TOKENS = 8, 32
 CLUSTER = ("--hosts", "4", "--replicas", "2", "--max-model-len", "512")
 Round = Callable[[], Awaitable[float]]
+Told = Callable[[], AbstractContextManager[None]]
+"""told(): what is started inside is on"""
 
 
 def engine(url: str, ready: Event) -> None:
@@ -173,6 +182,7 @@ def show(path: Path, seconds: float) -> None:
 def main() -> None:
     """Command line."""
     p = parser(__doc__)
+    p.add_argument("--traces", action="store_true", help="traces on, too")
     p.add_argument("--picture", type=Path, metavar="FILE", help="draw the dashboard's panels instead")
     options = p.parse_args()
     if options.picture is not None:
@@ -182,28 +192,78 @@ def main() -> None:
     times, seconds = (2, 0.7) if options.quick else (9, 3.0)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
+        told: Told = stack.enter_context(traces()) if options.traces else nullcontext
+        found = measured_gateways(folder, told, times, seconds)
+        if not options.quick:
+            found["cluster"] = measured_clusters(folder, told, times, 2 * seconds)
+    report(found, "metrics_and_traces" if options.traces else "metrics", options.json)
+
+
+def measured_gateways(folder: Path, told: Told, times: int, seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Both of them on one store, and the engine."""
+    with ExitStack() as stack:
         store = stack.enter_context(EmbeddedStore(folder / "store"))
         stack.enter_context(process(engine, store.url))
         metrics = f"127.0.0.1:{free_port()}"
-        on = stack.enter_context(gateway_process(store.url, "--metrics", metrics))
+        with told():
+            on = stack.enter_context(gateway_process(store.url, "--metrics", metrics))
         off = stack.enter_context(gateway_process(store.url, "--metrics", OFF))
         speeds = asyncio.run(of_gateways(on, f"http://{metrics}{PATH}", off, times, seconds))
-        found = {f"gateway_{pieces}": one for pieces, one in speeds.items()}
-    if not options.quick:
-        with tempfile.TemporaryDirectory(prefix="fm-ob-") as name:
-            model = tiny("mixtral", Path(name) / "model")
-            without = (*CLUSTER, "--metrics", OFF)
-            with Cluster(model, CLUSTER, name="on") as one, Cluster(model, without, name="off") as two:
-                found["cluster"] = asyncio.run(of_clusters(one, two, times, 2 * seconds))
-    report(found, options.json)
+    return {f"gateway_{pieces}": one for pieces, one in speeds.items()}
 
 
-def report(found: Mapping[str, dict[str, list[float]]], path: Path | None) -> None:
+def measured_clusters(folder: Path, told: Told, times: int, seconds: float) -> dict[str, list[float]]:
+    """Two alike, but for what is measured."""
+    model = tiny("mixtral", folder / "model")
+    with ExitStack() as stack:
+        with told():
+            on = stack.enter_context(Cluster(model, CLUSTER, name="on"))
+        off = stack.enter_context(Cluster(model, (*CLUSTER, "--metrics", OFF), name="off"))
+        return asyncio.run(of_clusters(on, off, times, seconds))
+
+
+def collector(port: int, received: Any, ready: Event) -> None:
+    """A process: takes spans by OTLP, and counts them."""
+
+    class Service(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            for group in request.resource_spans:
+                received.value += sum(len(scope.spans) for scope in group.scope_spans)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), server)  # type: ignore[no-untyped-call]
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    ready.set()
+    server.wait_for_termination()
+
+
+@contextmanager
+def traces() -> Iterator[Told]:
+    """A collector; what is started inside a context of what this gives sends its spans there. RuntimeError at the end
+    where none has come."""
+    received, port = multiprocessing.get_context("spawn").Value("q", 0), free_port()
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{port}"
+        yield
+        del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+
+    with process(collector, port, received):
+        yield told
+    print(f"{received.value} spans")
+    if not received.value:
+        raise RuntimeError("no spans came")
+
+
+def report(found: Mapping[str, dict[str, list[float]]], what: str, path: Path | None) -> None:
     """The table and the flat figures."""
     rows = [(name, *(statistics.median(s[which]) for which in ("on", "off")), ratio(s)) for name, s in found.items()]
-    print(table("Metrics on over off", ("", "on, a second", "off, a second", "ratio"), rows))
-    ratios = {f"metrics_on_over_off_{name}": ratio(speeds) for name, speeds in found.items()}
-    finish({"metrics_on_over_off": min(ratios.values()), **ratios}, path)
+    print(table(f"{what} on over off", ("", "on, a second", "off, a second", "ratio"), rows))
+    ratios = {f"{what}_on_over_off_{name}": ratio(speeds) for name, speeds in found.items()}
+    finish({f"{what}_on_over_off": min(ratios.values()), **ratios}, path)
 
 
 if __name__ == "__main__":
