@@ -154,9 +154,7 @@ def test_a_request_is_one_trace_from_the_caller_to_vllm(client: Client, collecto
     assert lease.attributes["gen_ai.usage.output_tokens"] == len(answer) == 60
     assert inside.attributes["gen_ai.usage.completion_tokens"] == 60
     dispatch = {name.removeprefix("folkmoot.dispatch."): value for name, value in lease.attributes.items()}
-    assert dispatch["calls"] % 4 == 0 and 4 <= dispatch["calls"] <= 4 * 60, (
-        "a call a layer and step, up to the last look"
-    )
+    assert 4 <= dispatch["calls"] <= 4 * 61, "a call a layer and step, from the last look before it to the last one"
     assert dispatch["rows"] >= 2 * dispatch["calls"] and 1 <= dispatch["hosts"] <= 4
     assert dispatch["slowest_host"].startswith("host-") and dispatch["slowest_host_s"] > 0
     assert inside.attributes["gen_ai.latency.time_in_model_inference"] > 0
