@@ -5,7 +5,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY folkmoot folkmoot
 RUN python -m venv /folkmoot \
-    && /folkmoot/bin/pip install --no-cache-dir --constraint constraints.txt . \
+    && /folkmoot/bin/pip install --no-cache-dir --constraint constraints.txt ".[otel]" \
     && /folkmoot/bin/pip uninstall --yes pip setuptools
 
 FROM python:3.11-slim

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from folkmoot.cluster import ray_runtime
+from folkmoot.cluster import environment, ray_runtime
 from folkmoot.cluster.cli_common import Span
 from folkmoot.cluster.cli_up import up
 from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
@@ -99,6 +99,7 @@ class Cluster:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._spec = adopted(wanted_spec(parse(arguments)))
+        environment.enter(self._spec.environment, "cluster")
         self._router = ray_runtime.start_router(self._spec, get_if_exists=True)
         if _engines(self._spec) in (None, ApplicationStatus.DEPLOY_FAILED):
             ray_runtime.start_engines(self._spec, wait=False)

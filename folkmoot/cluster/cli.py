@@ -90,7 +90,8 @@ def status(gateway: str | None, name: str, state_dir: Path | None, as_json: bool
         elif as_json:
             live.repeat(every_s, lambda: click.echo(json.dumps(status_view.fetch(client))))
         else:
-            live.watch(console, every_s, status_view.Watch(lambda: status_view.fetch(client)).frame)
+            heard, views = live.LastHeard(lambda: status_view.fetch(client)), status_view.Watch()
+            live.watch(console, every_s, lambda: heard.drawn(views.draw))
 
 
 def _metrics_at(gateway: str | None, name: str, state_dir: Path | None) -> str | None:

@@ -243,13 +243,16 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         control.send({"event": "ready", "load_s": load_s, "max_model_len": record.max_model_len})
         saying = asyncio.create_task(keep_saying(queue, spec.engine, can_serve))
         maps.listen(generator.host_lost, lambda reason: generator.end_all(holder, reason))
-        reporting = asyncio.create_task(_report(control, generator, maps))
+        watching = [saying, asyncio.create_task(_report(control, generator, maps))]
+        if tracing.is_on() and spec.feed is not None:
+            following = generator.dispatch.follow(maps.dispatch_counts, lambda: generator.counters.running > 0)
+            watching.append(asyncio.create_task(following))
         try:
             async with _metrics(spec, maps, holder, generator):
                 await generator.run(holder, stopping)
                 await generator.drain(spec.grace_s)
         finally:
-            await cancel([saying, reporting])
+            await cancel(watching)
     llm.shutdown()
     tracing.stop()
 

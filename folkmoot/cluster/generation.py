@@ -14,6 +14,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from folkmoot import logs
+from folkmoot.cluster.dispatch_trace import DispatchTrace
 from folkmoot.cluster.latencies import Latencies
 from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer
 from folkmoot.gateway import tracing
@@ -68,6 +69,7 @@ class Generator:
         self._resetting: asyncio.Task[None] | None = None
         self.counters = Counters()
         self.latencies = Latencies()
+        self.dispatch = DispatchTrace()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
         """The lease ended elsewhere (cancelled, deadline, taken over): drop the request."""
@@ -192,7 +194,7 @@ class Generator:
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         await self._is_sound.wait()
-        tell = self.latencies.of_request(lease)
+        tell, dispatched = self.latencies.of_request(lease), self.dispatch.of_request()
         done, held = lease.offset, pb.GenerateResponse()
         least = UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH else 1  # a journal entry needs a token
         request_id = f"{lease.request_id}/{lease.epoch}"
@@ -216,6 +218,7 @@ class Generator:
                 continue
             if held.HasField("finish"):
                 held.usage.completion_tokens = done
+                holder.span(lease).set(dispatched())
             if not holder.write(lease, held):
                 return
             tell()

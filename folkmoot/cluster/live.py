@@ -8,15 +8,36 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from folkmoot.cluster import interrupts
+from folkmoot.gateway.client_errors import FolkmootError
 
 LEAVE = ("q", "Q", "\x03", "\x04")
 Wait = Callable[[float], bool]
 """wait(seconds): whether to leave"""
+
+
+class LastHeard:
+    """What was fetched last, for as long as nothing newer can be had."""
+
+    def __init__(self, fetch: Callable[[], dict[str, Any]]) -> None:
+        self._fetch = fetch
+        self._last: dict[str, Any] | None = None
+
+    def drawn(self, draw: Callable[[dict[str, Any]], RenderableType]) -> RenderableType:
+        """The newest document drawn; why there is no newer one above it. Raises FolkmootError where there never was."""
+        try:
+            self._last = self._fetch()
+            return draw(self._last)
+        except FolkmootError as e:
+            if self._last is None:
+                raise
+            return Group(Text(f"{e.code}: {e}", "bold red"), draw(self._last))
 
 
 def watch(console: Console, every_s: float, frame: Callable[[], RenderableType]) -> None:

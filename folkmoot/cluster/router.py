@@ -45,7 +45,7 @@ from folkmoot.cluster.router_events import (
 from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
 from folkmoot.cluster.router_state import initial
 from folkmoot.cluster.spec import ClusterSpec
-from folkmoot.cluster.status import document
+from folkmoot.cluster.status import document, replicas
 from folkmoot.cluster.wish import Wish, first_wish
 from folkmoot.cluster.wish_store import WishStore
 from folkmoot.experts.expert_rows import ExpertRows
@@ -137,8 +137,9 @@ class ExpertRouter:
             log.warning("the rows of %s cannot be used: %s", engine, e)
 
     def expert_rows(self) -> dict[str, Any]:
-        """Rows of each logical expert, in all and lately, as JSON data: arrays [layer][expert]."""
-        return at(self._loads, time.time()).document()
+        """Rows of each logical expert, in all and lately, and where its replicas are, as JSON data: arrays
+        [layer][expert]."""
+        return {**at(self._loads, time.time()).document(), **replicas(self._state.expert_map)}
 
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
@@ -319,13 +320,14 @@ class ExpertRouter:
                     await self._changed.wait()
 
     async def _publish_rows(self) -> None:
-        """Where there were new ones: write the rows of each expert where gateways find them."""
-        queue, written = RequestQueue(self._store), self._loads
+        """Where they or the map have changed: write the rows of each expert where gateways find them."""
+        queue, written, version = RequestQueue(self._store), self._loads, 0
         while True:
             await asyncio.sleep(ROWS_EVERY_S)
-            if (loads := self._loads) is not written and self._charge.is_ours:
+            loads, map_version = self._loads, self._state.expert_map.version
+            if (loads is not written or map_version != version) and self._charge.is_ours:
                 try:
-                    await queue.set_expert_rows(json.dumps(loads.document(), separators=(",", ":")), ROWS_TTL_S)
-                    written = loads
+                    await queue.set_expert_rows(json.dumps(self.expert_rows(), separators=(",", ":")), ROWS_TTL_S)
+                    written, version = loads, map_version
                 except StoreError as e:
                     log.warning("the rows of the experts could not be written: %s", e)

@@ -8,6 +8,7 @@ from folkmoot.cluster.healing import phase_of, start_error, troubles
 from folkmoot.cluster.router_state import HostState, Life, RouterState
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import expert_map as maps
+from folkmoot.experts.expert_map import ExpertMap
 
 
 def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +37,16 @@ def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: 
             for e in sorted(state.engines.values(), key=lambda e: e.engine)
         ],
     }
+
+
+def replicas(expert_map: ExpertMap) -> dict[str, Any]:
+    """Where each logical expert is: `hosts`, their names, and `replicas` [layer][expert], indices into them."""
+    names = list(expert_map.hosts)
+    at = {host: i for i, host in enumerate(names)}
+    layers = [
+        [[at[one.host] for one in found] for found in experts] for _, experts in sorted(expert_map.layers.items())
+    ]
+    return {"map_version": expert_map.version, "hosts": names, "replicas": layers}
 
 
 def _replica_counts(state: RouterState) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from folkmoot.gateway.client import Client
-from folkmoot.gateway.client_errors import FolkmootError
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import COUNTERS
 
@@ -106,34 +105,21 @@ def parts(document: dict[str, Any], speed: Rates | None = None) -> Iterator[Rend
 
 
 class Watch:
-    """What `folkmoot status --watch` draws: the newest document, with what was done since the one before."""
+    """What `folkmoot status --watch` draws: a document, with what was done since the one before."""
 
-    def __init__(self, fetched: Callable[[], dict[str, Any]]) -> None:
-        self._fetched = fetched
-        self._last: dict[str, Any] | None = None
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
         self._rates: Rates | None = None
-        self._trouble = ""
 
-    def frame(self) -> RenderableType:
-        """How it is now. Raises FolkmootError where nothing was ever heard; later it shows what was heard last."""
-        try:
-            now = self._fetched()
-            self._trouble = ""
-        except FolkmootError as e:
-            if self._last is None:
-                raise
-            now, self._trouble = self._last, f"{e.code}: {e}"
-        if self._last is None or now.get("time_s") != self._last.get("time_s"):
-            self._rates = rates(self._last, now) if self._last is not None else None
-            self._last = now
-        return Group(*self._head(now), *parts(now, self._rates))
-
-    def _head(self, document: dict[str, Any]) -> Iterator[RenderableType]:
+    def draw(self, document: dict[str, Any]) -> RenderableType:
+        """The next one."""
+        if document.get("time_s") != self._last.get("time_s"):
+            self._rates = rates(self._last, document)
+            self._last = document
         said_s = document.get("time_s")
-        written = "" if said_s is None else f", the cluster's own word is {max(0.0, time.time() - said_s):.0f} s old"
-        yield Text(f"{document.get('cluster', '')} {time.strftime('%H:%M:%S')}{written}".strip(), "dim")
-        if self._trouble:
-            yield Text(self._trouble, "bold red")
+        written = "" if said_s is None else f"; what the cluster said {max(0.0, time.time() - said_s):.0f} s ago"
+        head = Text(f"{document.get('cluster', '')} {time.strftime('%H:%M:%S')}{written}".strip(), "dim")
+        return Group(head, *parts(document, self._rates))
 
 
 def hosts_table(hosts: list[dict[str, Any]], title: str = "expert hosts", speed: Rates | None = None) -> Table:

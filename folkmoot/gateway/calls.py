@@ -21,6 +21,7 @@ log.addFilter(logs.Bounded(100))
 
 OURS = "/folkmoot."
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+NUMBERS = {code.name: number for number, code in CODES.items()}
 MAX_FIELDS = 5
 OUR_FAULT = ("UNKNOWN", "INTERNAL", "DATA_LOSS", "UNAVAILABLE")
 
@@ -43,7 +44,7 @@ def observed(handler: Any, method: str) -> Any:
             outcome = context.code().name if context.code() else "UNKNOWN"  # what it was aborted with, if it was
             raise
         finally:
-            _end(span, outcome, why(context.trailing_metadata() or ()))
+            _end(span, outcome, context)
 
     return handler._replace(**{kind: behaviour})
 
@@ -69,21 +70,23 @@ def why(trailing: Iterable[tuple[str, str | bytes]]) -> str:
 
 
 def _begin(method: str, context: Any) -> Span:
-    parent = tracing.context_of(context.invocation_metadata() or ())
-    _, service, name = method.split("/")
-    attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "folkmoot.tenant": caller().tenant}
-    span = tracing.span(method[1:], "server", parent, attributes)
+    span = tracing.span(method[1:], "server", tracing.context_of(context.invocation_metadata() or ()))
+    tenant = caller().tenant
+    if span.is_made:
+        _, service, name = method.split("/")
+        span.set({"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "folkmoot.tenant": tenant})
     tracing.set_current(span)
-    logs.bind(method=method, tenant=caller().tenant, trace_id=span.trace_id)
+    logs.bind(method=method, tenant=tenant, trace_id=span.trace_id)
     return span
 
 
-def _end(span: Span, outcome: str, reason: str) -> None:
+def _end(span: Span, outcome: str, context: Any) -> None:
     if outcome not in ("OK", "CANCELLED"):
+        reason = why(context.trailing_metadata() or ())
         _tell(outcome, reason)
-    span.set({"rpc.grpc.status_code": next(number for number, code in CODES.items() if code.name == outcome)})
-    if outcome in OUR_FAULT:  # as the conventions for servers have it: what the client did wrong is no error of ours
-        span.fail(reason or outcome)
+        if outcome in OUR_FAULT:  # as the conventions for servers have it: a client's mistake is no error of ours
+            span.fail(reason or outcome)
+    span.set({"rpc.grpc.status_code": NUMBERS[outcome]})
     span.end()
 
 

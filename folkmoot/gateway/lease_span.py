@@ -17,23 +17,36 @@ ENDS = {Held.DONE: "ended elsewhere: cancelled, or past its deadline", Held.LOST
 
 def begin(lease: Lease, engine: str) -> Span:
     """A lease has been taken."""
-    attributes: dict[str, str | int | float] = {
-        "gen_ai.request.model": lease.request.model,
-        "folkmoot.request_id": public(lease.request_id),
-        "folkmoot.tenant": lease.request.tenant,
-        "folkmoot.lane": LANE_OF[lease.request.lane],
-        "folkmoot.engine": engine,
-        "folkmoot.epoch": lease.epoch,
-        "folkmoot.attempt": lease.attempt,
-        "folkmoot.first_token": lease.offset,
-        "folkmoot.since_submitted_s": lease.waited_s,
+    span = tracing.span(NAME, "consumer", lease.trace)
+    if span.is_made:
+        span.set(
+            {
+                **about(lease.request),
+                "folkmoot.request_id": public(lease.request_id),
+                "folkmoot.engine": engine,
+                "folkmoot.epoch": lease.epoch,
+                "folkmoot.attempt": lease.attempt,
+                "folkmoot.first_token": lease.offset,
+                "folkmoot.since_submitted_s": lease.waited_s,
+            }
+        )
+    return span
+
+
+def about(request: pb.GenerateRequest) -> Attributes:
+    """What a request is, beside what it holds."""
+    return {
+        "gen_ai.request.model": request.model,
+        "folkmoot.request_id": request.request_id,
+        "folkmoot.tenant": request.tenant,
+        "folkmoot.lane": LANE_OF[request.lane],
     }
-    return tracing.span(NAME, "consumer", lease.trace, attributes)
 
 
 def finished(span: Span, last: pb.GenerateResponse) -> None:
     """The engine's own finish is journalled."""
-    span.set(usage_of(last))
+    if span.is_made:
+        span.set(usage_of(last))
     if last.finish.code:
         span.fail(pb.FinishReason.Name(last.finish.reason).lower())
     span.end()

@@ -10,11 +10,10 @@ from typing import Any
 import grpc
 
 from folkmoot import logs
-from folkmoot.gateway import metrics, status, tracing
+from folkmoot.gateway import lease_span, metrics, status, tracing
 from folkmoot.gateway.demand import Demands
 from folkmoot.gateway.errors import GatewayError, GatewayStopping, OtherTenant, StoreError, UnknownRequest, public
 from folkmoot.gateway.journal import JournalReader, Stream
-from folkmoot.gateway.lease_span import usage_of
 from folkmoot.gateway.loads import lane_loads, total
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
@@ -188,7 +187,8 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             piece = await anext(stream)
             await context.write(piece)
             call.wrote(len(piece.token_ids))
-        tracing.current().set(usage_of(piece))
+        if (span := tracing.current()).is_made:
+            span.set(lease_span.usage_of(piece))
         return piece
 
     def _left(self, on_disconnect: "pb.OnDisconnect", request_id: str, *, late: bool) -> None:
@@ -259,14 +259,8 @@ def _visible(lane: pb.LaneLoad) -> pb.LaneLoad:
 def _name(request: pb.GenerateRequest) -> None:
     """What the call is about, on its log lines and its span."""
     logs.bind(request_id=request.request_id, tenant=request.tenant)
-    tracing.current().set(
-        {
-            "gen_ai.request.model": request.model,
-            "folkmoot.request_id": request.request_id,
-            "folkmoot.tenant": request.tenant,
-            "folkmoot.lane": LANE_OF[request.lane],
-        }
-    )
+    if (span := tracing.current()).is_made:
+        span.set(lease_span.about(request))
 
 
 def _named(request_id: str) -> str:

@@ -144,15 +144,19 @@ def test_a_batch_answers_and_scores_as_the_same_requests_alone(client: Client) -
 def test_a_request_is_one_trace_from_the_caller_to_vllm(client: Client, collector: Collector) -> None:
     provider = TracerProvider(ALWAYS_ON)
     with trace.use_span(provider.get_tracer("caller").start_span("question")) as question:
-        answer = tokens(client, max_tokens=6, request_id=(request_id := f"traced-{secrets.token_hex(4)}"))
+        answer = tokens(client, max_tokens=60, request_id=(request_id := f"traced-{secrets.token_hex(4)}"))
     above = question.get_span_context()
     call, lease, inside = collector.wait(lambda span: span.trace_id == f"{above.trace_id:032x}", 3)
     assert [span.name for span in (call, lease, inside)] == ["folkmoot.v1.Folkmoot/Generate", "lease", "llm_request"]
     assert (call.parent_id, lease.parent_id) == (f"{above.span_id:016x}", call.span_id)
     assert inside.parent_id == lease.span_id
     assert call.attributes["folkmoot.request_id"] == lease.attributes["folkmoot.request_id"] == request_id
-    assert lease.attributes["gen_ai.usage.output_tokens"] == len(answer) == 6
-    assert inside.attributes["gen_ai.usage.completion_tokens"] == 6
+    assert lease.attributes["gen_ai.usage.output_tokens"] == len(answer) == 60
+    assert inside.attributes["gen_ai.usage.completion_tokens"] == 60
+    dispatch = {name.removeprefix("folkmoot.dispatch."): value for name, value in lease.attributes.items()}
+    assert 4 <= dispatch["calls"] <= 4 * 61, "a call a layer and step, from the last look before it to the last one"
+    assert dispatch["rows"] >= 2 * dispatch["calls"] and 1 <= dispatch["hosts"] <= 4
+    assert dispatch["slowest_host"].startswith("host-") and dispatch["slowest_host_s"] > 0
     assert inside.attributes["gen_ai.latency.time_in_model_inference"] > 0
 
 

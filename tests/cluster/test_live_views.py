@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from rich.text import Text
 
-from folkmoot.cluster import heat_view, status_view
+from folkmoot.cluster import expert_view, heat_view, live, status, status_view
+from folkmoot.cluster.cli import main
 from folkmoot.cluster.latencies import Latencies
+from folkmoot.experts.expert_map import ExpertMap, HostAddress, Replica
 from folkmoot.gateway.client_errors import Unavailable
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.pb import gateway_pb2 as pb
@@ -66,21 +69,21 @@ def test_rates_are_of_the_same_processes() -> None:
 
 
 def test_a_watch_shows_what_it_heard_last_while_the_gateway_is_away() -> None:
-    heard = iter([document(10.0, 1000, 500), document(12.0, 1500, 600), Unavailable("gone", "UNAVAILABLE")])
+    said = iter([document(10.0, 1000, 500), document(12.0, 1500, 600), Unavailable("gone", "UNAVAILABLE")])
 
     def fetched() -> dict[str, Any]:
-        found = next(heard)
+        found = next(said)
         if isinstance(found, Exception):
             raise found
         return {**found, "models": []}
 
-    watch = status_view.Watch(fetched)
-    first, second, third = (drawn(watch.frame()) for _ in range(3))
+    heard, views = live.LastHeard(fetched), status_view.Watch()
+    first, second, third = (drawn(heard.drawn(views.draw)) for _ in range(3))
     assert "rows/s" not in first and "21 / 300" in first
     assert "250.0" in second and "50.0" in second
     assert "UNAVAILABLE: gone" in third and "250.0" in third
     with pytest.raises(Unavailable):
-        status_view.Watch(lambda: (_ for _ in ()).throw(Unavailable("gone", "UNAVAILABLE"))).frame()
+        live.LastHeard(lambda: (_ for _ in ()).throw(Unavailable("gone", "UNAVAILABLE"))).drawn(views.draw)
 
 
 def test_latencies_are_of_interactive_requests_from_submission_on() -> None:
@@ -154,12 +157,12 @@ class Served:
     def __init__(self, url: str, address: str) -> None:
         self._url, self.address = url, address
 
-    def say(self, status: dict[str, Any], experts: dict[str, Any] | None = None) -> None:
+    def say(self, said: dict[str, Any], experts: dict[str, Any] | None = None) -> None:
         async def run() -> None:
             store = Store(self._url, "views")
             queue = RequestQueue(store)
             await queue.register("engine-x", MODEL, 60.0)
-            await queue.set_cluster_status(json.dumps(status), 60.0)
+            await queue.set_cluster_status(json.dumps(said), 60.0)
             if experts is not None:
                 await queue.set_expert_rows(json.dumps(experts), 60.0)
             await store.close()
@@ -244,3 +247,64 @@ def test_watching_as_json_is_a_document_a_line(served: Served) -> None:
         process.stdout.close()  # as `head` does
         assert process.wait(20) == 0
     assert [line["hosts"][0]["rows"] for line in lines] == [1000, 1000]
+
+
+EXPERTS = {
+    "layers": [1, 3], "half_life_s": 60.0, "time_s": 10.0, "hosts": ["host-0", "host-1"],
+    "rows_total": [[100, 0, 0, 300], [50, 50, 0, 0]], "rows_recent": [[4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]],
+    "replicas": [[[0], [0], [1], [0, 1]], [[0], [0], [1], [1]]],
+}  # fmt: skip
+
+
+def test_a_view_of_experts_says_what_is_hot_and_where_it_is() -> None:
+    console = Console(width=100, color_system=None)
+    recent = drawn(expert_view.view(console, EXPERTS, None, False, fits=False))
+    assert "rows/s lately (half after 60 s)" in recent and "4.00x  e0" in recent and "2.00x  e2" in recent
+    total = drawn(expert_view.view(console, EXPERTS, None, True, fits=False))
+    assert "rows since the beginning" in total and "3.00x  e3" in total
+    assert "replicas of the 8 logical experts: 1 with 2, 7 with 1" in recent
+    assert "host-0: experts 0-1, and 1 of single layers" in recent and "host-1: experts 2-3\n" in recent
+
+
+def test_a_view_of_one_layer_names_each_experts_hosts() -> None:
+    console = Console(width=100, color_system=None)
+    text = drawn(expert_view.view(console, EXPERTS, 1, True, fits=False))
+    line = next(line for line in text.splitlines() if line.startswith("│ 3 "))
+    assert line.replace("│", " ").split() == ["3", "0.0", "300", "3.00", "█" * 30, "host-0,", "host-1"]
+    with pytest.raises(expert_view.UnknownLayer, match="layer 2 has no experts; those that have: 1, 3"):
+        expert_view.view(console, EXPERTS, 2, False, fits=False)
+
+
+def test_watching_experts_on_a_terminal(served: Served) -> None:
+    """In colour; Ctrl-C leaves."""
+    served.say(document(10.0, rows=1000, tokens=500), EXPERTS)
+    terminal = Terminal(served.command("experts", "--watch", "--every", "0.2"))
+    terminal.until("host-1: experts")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.ended() == 0
+    assert "\x1b[48;2;" in terminal.text, "a background in true colour"
+    assert "Traceback" not in terminal.text
+
+
+def test_no_color_makes_it_characters() -> None:
+    for environment, is_coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        console = Console(width=100, force_terminal=True, color_system="truecolor", _environ=environment)
+        with console.capture() as captured:
+            console.print(expert_view.view(console, EXPERTS, None, False, fits=False))
+        assert ("48;2;" in captured.get()) == is_coloured
+        assert ("@@" in captured.get()) != is_coloured
+
+
+def test_experts_as_json_is_the_documented_shape(served: Served) -> None:
+    served.say(document(10.0, rows=1000, tokens=500), EXPERTS)
+    done = CliRunner().invoke(main, ["experts", "--json", "--gateway", served.address])
+    assert done.exit_code == 0 and json.loads(done.output) == EXPERTS
+    done = CliRunner().invoke(main, ["experts", "--layer", "2", "--gateway", served.address])
+    assert done.exit_code == 1 and "layer 2 has no experts; those that have: 1, 3" in done.output
+
+
+def test_replicas_are_indices_of_hosts() -> None:
+    addresses = {name: HostAddress(name, 1, "n") for name in ("host-0", "host-1")}
+    layers = {3: ((Replica("host-1", 0),),), 1: ((Replica("host-0", 0), Replica("host-1", 1)),)}
+    found = status.replicas(ExpertMap(7, addresses, layers))
+    assert found == {"map_version": 7, "hosts": ["host-0", "host-1"], "replicas": [[[0, 1]], [[1]]]}

@@ -94,6 +94,8 @@ def test_a_setting_that_is_none(variable: str, value: str) -> None:
 class Gateway:
     """A gateway process that asks for keys and logs all it has, as JSON, into a file."""
 
+    SAID = ("listening on ", "metrics at ")
+
     def __init__(self, url: str, namespace: str, log: Path) -> None:
         self._log = log
         command = [sys.executable, "-m", "folkmoot.gateway", "--listen", "127.0.0.1:0", "--namespace", namespace]
@@ -108,7 +110,7 @@ class Gateway:
         return self._log.read_text()
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text().splitlines() if not line.startswith("listening on ")]
+        return [json.loads(line) for line in self.text().splitlines() if not line.startswith(self.SAID)]
 
     def end(self) -> None:
         self.process.terminate()

@@ -50,13 +50,13 @@ def test_nobody_runs_as_root_and_manifests_agree_on_who(path: str) -> None:
     assert {(context["runAsUser"], context["runAsGroup"]) for context in ours} == {(10001, 10001)}
 
 
-def test_the_gateways_image_starts_a_gateway_and_has_no_extras() -> None:
+def test_the_gateways_image_starts_a_gateway_and_has_no_extra_but_traces() -> None:
     steps = instructions("docker/gateway.Dockerfile")
     (entry,) = (json.loads(rest) for name, rest in steps if name == "ENTRYPOINT")
     assert entry[:2] == ["python", "-m"]
     assert command_problem(entry[2], entry[3:]) == ""
     (install,) = (rest for name, rest in steps if name == "RUN" and "pip install" in rest)
-    assert "--constraint constraints.txt . " in f"{install} "
+    assert '--constraint constraints.txt ".[otel]" ' in f"{install} "
 
 
 def test_the_clusters_image_installs_an_extra_for_each_kind_of_machine() -> None:
