@@ -75,11 +75,9 @@ def held(config: Mapping[str, Any]) -> str | None:
         return f"int{found.get('bits', 4)}"
     if method == "compressed-tensors":
         weights = [group.get("weights") or {} for group in found.get("config_groups", {}).values()]
-        return f"{_LETTERS.get(weights[0].get('type'), '')}{weights[0].get('num_bits', '')}" if weights else method
+        letters = {"int": "int", "float": "fp"}
+        return f"{letters.get(weights[0].get('type', ''), '')}{weights[0].get('num_bits', '')}" if weights else method
     return method
-
-
-_LETTERS = {"int": "int", "float": "fp"}
 
 
 def has_amx() -> bool:

@@ -57,7 +57,7 @@ class ExpertCache:
         path = self.path(kind, layer, expert)
         try:
             data = path.read_bytes()
-            head, _, body = data[:MAX_HEAD_BYTES].partition(b"\n")
+            head = data[:MAX_HEAD_BYTES].partition(b"\n")[0]
             said = json.loads(head)
             body = memoryview(data)[len(head) + 1 :]
             if said["shape"] != asdict(shape) or said["kind"] != kind or len(body) != shape.bytes(kind):

@@ -108,9 +108,9 @@ def test_every_architecture_has_its_experts_quantised(
     assert seen["memory"] <= memory
 
 
-@pytest.mark.parametrize("expert_dtype", ["int8", "int4"])
-def test_quantised_experts_answer_alike_wherever_they_are(runs: Runs, folders: Path, expert_dtype: str) -> None:
-    seen = runs.ask("hosted", checkpoint=str(folders / "mixtral"), dtype="bfloat16", expert_dtype=expert_dtype)
+@pytest.mark.slow
+def test_quantised_experts_answer_alike_wherever_they_are(runs: Runs, folders: Path) -> None:
+    seen = runs.ask("hosted", checkpoint=str(folders / "mixtral"), dtype="bfloat16", expert_dtype="int4")
     assert seen["one_calls"] > 0
     assert seen["one"] == seen["halves"]
 

@@ -229,7 +229,8 @@ def test_quantised_experts_are_shared_and_compute_the_same_rows_anywhere(
         assert len(inodes) == 1 and None not in inodes
         for child in pool.children.values():
             memory = segment_memory(child.pid)
-            assert memory["Rss"] > 0 and memory["Private_Dirty"] == memory["Private_Clean"] == 0
+            own = memory["Private_Dirty"] + memory["Private_Clean"]
+            assert memory["Rss"] > 0 and (own == 0 or replicas == 1)
 
 
 def test_a_host_started_again_finds_its_experts_without_reading_the_checkpoint(

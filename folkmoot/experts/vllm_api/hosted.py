@@ -96,7 +96,7 @@ class LayerKernel:
 class HostedExperts:
     """The experts one host holds: a kernel a layer, and the bytes of their weights, of which some may be shared."""
 
-    layers: dict[int, LayerKernel | QuantisedKernel]
+    layers: Mapping[int, LayerKernel | QuantisedKernel]
     bytes: int
     shared_bytes: int = 0
 
@@ -155,7 +155,7 @@ def _quantised(
         kernels = load_quantised(quantiser, wanted, lambda _layer, _expert: kind, memory_fd)
     gc.collect()
     size = sum(k.bytes for k in kernels.values())
-    return HostedExperts(dict(kernels), size, 0 if memory_fd is None else size)
+    return HostedExperts(kernels, size, 0 if memory_fd is None else size)
 
 
 def _share(loader: Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int, checkpoint: Path) -> bool:
