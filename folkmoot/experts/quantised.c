@@ -29,7 +29,7 @@ enum { GROUP = 32, LANES = 16, BLOCK = 32, TILE = 4, STEPS = GROUP / 4, ALIGN = 
 enum { INT4 = 4, INT8 = 8 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { SILU = 0, SWIGLUOAI = 1 };
-#define CANDIDATES 19
+#define CANDIDATES 11
 
 // What every expert of a layer has in common.
 struct shape {
@@ -104,7 +104,7 @@ INLINE float best_scale4(const float *w) {
         if (fabsf(w[i]) > fabsf(largest)) largest = w[i];
     if (largest == 0) return 0;
     for (int c = 0; c < CANDIDATES; c++) {
-        float inverse = -(7.1f + 0.1f * (float)c) / largest;
+        float inverse = -(7.3f + 0.15f * (float)c) / largest;
         float wq[LANES] = {0}, qq[LANES] = {0};
         for (int half = 0; half < GROUP; half += LANES)
             for (int l = 0; l < LANES; l++) {
@@ -112,7 +112,8 @@ INLINE float best_scale4(const float *w) {
                 wq[l] += w[half + l] * q;
                 qq[l] += q * q;
             }
-        for (int l = 1; l < LANES; l++) wq[0] += wq[l], qq[0] += qq[l];
+        for (int n = LANES / 2; n; n /= 2)
+            for (int l = 0; l < n; l++) wq[l] += wq[l + n], qq[l] += qq[l + n];
         float gain = qq[0] > 0 ? wq[0] * wq[0] / qq[0] : 0;
         if (gain > best_gain) best_gain = gain, best = wq[0] / qq[0];
     }
