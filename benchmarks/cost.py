@@ -121,7 +121,8 @@ def quantised_forwards(experts: Sequence[Any], kind: str) -> list[Any]:
 
         def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, k: Any = kernel) -> torch.Tensor:
             rows = k(x.repeat_interleave(ids.shape[1], 0).contiguous(), ids.flatten().int().contiguous())
-            return (rows.view(*ids.shape, -1) * weights[..., None]).sum(1)
+            out: torch.Tensor = (rows.view(*ids.shape, -1) * weights[..., None]).sum(1)
+            return out
 
         forwards.append(forward)
     return forwards
