@@ -17,6 +17,7 @@ from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_opti
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.experts import expert_dtype
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import is_local
 
@@ -165,6 +166,13 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     help="shares of each lane, by tokens; 1 for who is not named",
 )
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
+@click.option(
+    "--expert-dtype",
+    type=click.Choice(expert_dtype.NAMES),
+    default=UpOptions.expert_dtype,
+    show_default=True,
+    help="what expert hosts quantise experts to while they load them; kept beside the checkpoint for the next start",
+)
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")
 @click.option(
     "--kv-cache-gib",

@@ -146,13 +146,15 @@ class ExpertActor:
             "secret_file": str(spec.secret_file),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
+            "expert_dtype": spec.expert_dtype,
             "device": spec.device,
             "threads": threads,
         }
 
     def _memory(self) -> str | None:
         """The memory file in which this node's hosts share their weights."""
-        return f"{self._spec.model_path} {self._spec.dtype}" if self._spec.share_weights else None
+        spec = self._spec
+        return f"{spec.model_path} {spec.dtype} {spec.expert_dtype}" if spec.share_weights else None
 
     def _socket(self, host: str, incarnation: int) -> Path:
         return Path(self._spec.run_dir) / f"{host}.{incarnation}.sock"

@@ -25,6 +25,7 @@ from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.wish import first_wish
+from folkmoot.experts import expert_dtype
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.metrics_server import OFF, PATH
 from folkmoot.gateway.queue import RequestQueue
@@ -43,8 +44,8 @@ MOST_STORE_PAUSE_S = 16.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
-    *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "device", "max_model_len"),
-    *("max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
+    *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
+    *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
 )
 
@@ -99,6 +100,7 @@ class UpOptions:
     batch_rows: int = ClusterSpec.batch_rows
     batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
+    expert_dtype: str = ClusterSpec.expert_dtype
     device: str = "cpu"
     tenant_weights: str = ""
     """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
@@ -157,6 +159,7 @@ class Supervisor:
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
         num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
+        check_expert_dtype(self.options, model_path)
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
         metrics = self._hold_metrics_port()
         self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), metrics=metrics, **files)
@@ -308,9 +311,20 @@ class Supervisor:
                 self._mark("engines")
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
-            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s))
+            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s, quantised=self._quantised(spec)))
             interrupts.check()
             time.sleep(POLL_S)
+
+    def _quantised(self, spec: ClusterSpec) -> float | None:
+        """The share of the experts that lie quantised beside the checkpoint; None where none have to."""
+        if spec.expert_dtype not in expert_dtype.ON_CPU or spec.device != "cpu" or "hosts" in self._timings_s:
+            return None
+        from folkmoot.experts.quantise_cache import ExpertCache
+        from folkmoot.experts.vllm_api import checkpoint
+
+        path = Path(spec.model_path)
+        count = ExpertCache(path, checkpoint.identity(path), spec.dtype).count(spec.expert_dtype)
+        return count / max(1, len(spec.moe_layers) * spec.num_experts)
 
     def _check_processes(self, spec: ClusterSpec) -> None:
         """Raises StartError with the end of the log of what died."""
@@ -400,6 +414,15 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
     return num_hosts, replicas
 
 
+def check_expert_dtype(options: UpOptions, model_path: Path) -> None:
+    """Raises StartError where the model's experts cannot be had as asked for."""
+    amx = expert_dtype.has_amx() if options.address is None else None
+    try:
+        expert_dtype.check(model_path, options.expert_dtype, dtype=options.dtype, device=options.device, amx=amx)
+    except ValueError as e:
+        raise StartError(str(e)) from e
+
+
 def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[Path, ModelShape]":
     """The checkpoint folder and its shape; "demo" is made where it is not cached. Raises StartError."""
     if model == "demo":
@@ -470,15 +493,16 @@ def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_r
         raise StartError(f"Ray Serve did not start the engines: {deployment.error}")
 
 
-def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
-    """What a cluster that comes up still lacks, in words."""
+def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool, quantised: float | None = None) -> str:
+    """What a cluster that comes up still lacks, in words. `quantised`: the share of the experts that are; None: all."""
     if not warm:
         return "importing vLLM, once for all processes"
     hosts = sum(h["alive"] for h in status["hosts"])
     engines = sum(e["phase"] == "ready" for e in status["engines"])
     parts = []
     if hosts < spec.hosts:
-        parts.append(f"expert hosts ({hosts} of {spec.hosts} ready)")
+        made = "" if quantised is None or quantised >= 1 else f", {spec.expert_dtype} experts {quantised:.0%} made"
+        parts.append(f"expert hosts ({hosts} of {spec.hosts} ready{made})")
     if engines < spec.first_engines:
         parts.append(f"engines ({engines} of {spec.first_engines} ready)")
     return "loading " + " and ".join(parts) if parts else "waiting for the gateway"

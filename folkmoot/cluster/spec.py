@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from folkmoot.experts import secret
+from folkmoot.experts import expert_dtype, secret
 from folkmoot.gateway.metrics_server import OFF
 
 ROUTER = "ExpertRouter"
@@ -50,6 +50,8 @@ class ClusterSpec:
     placement: str = "spread"
     """"spread" or "pack": how Ray lays expert hosts over nodes"""
     dtype: str = "auto"
+    expert_dtype: str = expert_dtype.CHECKPOINT
+    """what expert hosts quantise their experts to (folkmoot.experts.expert_dtype)"""
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
