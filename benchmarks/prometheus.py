@@ -96,8 +96,9 @@ class Prometheus:
         return self._series("query", query=expression)
 
     def query_range(self, expression: str, begin_s: float, end_s: float, step_s: float = 1.0) -> list[Series]:
-        """Over a span of time (Unix seconds)."""
-        return self._series("query_range", query=expression, start=begin_s, end=end_s, step=step_s)
+        """Over a span of time (Unix seconds), its end included."""
+        first_s = end_s - (end_s - begin_s) // step_s * step_s
+        return self._series("query_range", query=expression, start=first_s, end=end_s, step=step_s)
 
     def _series(self, kind: str, **arguments: object) -> list[Series]:
         found = self._get(f"/api/v1/{kind}?{urllib.parse.urlencode(arguments)}")["data"]["result"]
