@@ -191,9 +191,8 @@ class Supervisor:
 
     def tend(self) -> None:
         """Bring back what has died of the parts that Ray does not watch."""
-        if self._warm is not None and self._warm.poll() is not None:
+        if self._warm is not None and self._warm.poll() is not None and self._start_warm_parent():
             self._report("the warm parent died; starting another one")
-            self._start_warm_parent()
         if self._gateway is not None and self._gateway.poll() is not None:
             assert self.spec is not None
             self._report("the gateway died; starting another one")
@@ -241,9 +240,13 @@ class Supervisor:
         if is_busy:
             _leave(failure)
 
-    def _start_warm_parent(self) -> None:
+    def _start_warm_parent(self) -> bool:
+        """Whether there was none: after a death an expert actor that cannot wait may have had the node's agent start
+        the next one."""
         assert self._run_dir is not None
-        self._warm = warm_files.start(self._run_dir / "warm.sock", self.folder.logs / "warm.log")
+        started = warm_files.start_missing(self._run_dir / "warm.sock", self.folder.logs / "warm.log")
+        self._warm = started or self._warm
+        return started is not None
 
     def _start_store(self) -> str:
         """The request store's URL."""

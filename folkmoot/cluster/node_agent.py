@@ -52,7 +52,6 @@ class NodeAgent:
         """Start the warm parent unless one runs: another agent has one where Ray has several nodes on a machine."""
         if self._process is not None:
             self._process.poll()  # takes note of one that has ended
-        if not warm_files.is_started(self._spec.warm_socket):
-            Path(self._spec.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
-            Path(self._spec.log_dir).mkdir(parents=True, exist_ok=True)
-            self._process = warm_files.start(self._spec.warm_socket, self._spec.warm_log)
+        Path(self._spec.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        Path(self._spec.log_dir).mkdir(parents=True, exist_ok=True)
+        self._process = warm_files.start_missing(self._spec.warm_socket, self._spec.warm_log) or self._process

@@ -1,5 +1,6 @@
 """How processes of one node find its warm parent: its socket, and beside it a note of who will listen there. No Ray."""
 
+import fcntl
 from pathlib import Path
 from subprocess import Popen
 
@@ -12,10 +13,15 @@ def pid_file(warm_socket: Path) -> Path:
     return warm_socket.with_suffix(".pid")
 
 
-def start(warm_socket: Path, log_path: Path) -> "Popen[bytes]":
-    """Start a warm parent as a child of this process, and leave a note of it for `is_started`."""
-    process = warm.start(warm_socket, log_path)
-    pid_file(warm_socket).write_text(str(process.pid))
+def start_missing(warm_socket: Path, log_path: Path) -> "Popen[bytes] | None":
+    """Start a warm parent as a child of this process, unless one is there: `folkmoot up` and a node's agent may both
+    see that one has died. A second one would double what the node keeps in memory."""
+    with warm_socket.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_started(warm_socket):
+            return None
+        process = warm.start(warm_socket, log_path)
+        pid_file(warm_socket).write_text(str(process.pid))
     return process
 
 

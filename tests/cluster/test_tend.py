@@ -1,10 +1,12 @@
-"""`folkmoot up` tends to the request store: a real one, killed, and killed again before it has read its data."""
+"""`folkmoot up` tends to what Ray does not watch: a real request store that does not start again, a warm parent."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from folkmoot.cluster import warm_files
 from folkmoot.cluster.launch import Supervisor, UpOptions
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import eventually
@@ -35,3 +37,15 @@ def test_a_store_that_cannot_start_is_tried_again_and_ends_nothing(tmp_path: Pat
     store.kill()
     supervisor.tend()
     assert store.pid is not None
+
+
+def test_of_those_who_see_a_warm_parent_missing_one_starts_it(tmp_path: Path) -> None:
+    socket, log = tmp_path / "warm.sock", tmp_path / "warm.log"
+    for _ in range(2):  # the first one, and one that died
+        with ThreadPoolExecutor(4) as pool:
+            started = [p for p in pool.map(lambda _: warm_files.start_missing(socket, log), range(4)) if p is not None]
+        assert len(started) == 1
+        assert warm_files.is_started(socket)
+        started[0].kill()
+        started[0].wait()
+        assert not warm_files.is_started(socket)
