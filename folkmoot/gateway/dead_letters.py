@@ -4,6 +4,7 @@ import re
 
 from google.protobuf import json_format
 
+from folkmoot.gateway import tracing
 from folkmoot.gateway.errors import UnknownLetter
 from folkmoot.gateway.pb import batches_pb2
 from folkmoot.gateway.pb import gateway_pb2 as pb
@@ -55,6 +56,7 @@ class DeadLetters:
                 cost=estimate_tokens(request, record, self._answer_tokens),
                 remaining_s=self._max_request_s,
                 grace_s=0.0,
+                trace=tracing.current().context,
             )
         )
         await self._queue.store.command("XDEL", key, entry)
