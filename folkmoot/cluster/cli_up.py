@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from folkmoot import logs
-from folkmoot.cluster import interrupts
+from folkmoot.cluster import host_groups, interrupts
 from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_options, require_file
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
@@ -44,6 +44,15 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     return text
 
 
+def _checked_groups(
+    _context: click.Context, _option: click.Parameter, texts: tuple[str, ...]
+) -> tuple[host_groups.HostGroup, ...]:
+    try:
+        return tuple(host_groups.parse(text) for text in texts)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
+
+
 @click.command()
 @click.option("--model", required=True, metavar="PATH|demo", help='checkpoint folder (Hugging Face layout), or "demo"')
 @click.option(
@@ -71,6 +80,15 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     type=click.IntRange(1),
     metavar="K",
     help="instead of --hosts: experts (of every layer) a host holds",
+)
+@click.option(
+    "--host-group",
+    "host_groups",
+    multiple=True,
+    callback=_checked_groups,
+    metavar="N:cpu=C,memory=SIZE",
+    help="instead of --hosts, and repeatable: N expert hosts with C cores and room for SIZE (as 8GiB) of experts each; "
+    "each gets its share of them by its cores, or by speed=S",
 )
 @click.option(
     "--replicas",
@@ -280,6 +298,8 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
     chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
+    if chosen.host_groups and (options["hosts"] is not None or chosen.experts_per_host is not None):
+        raise click.UsageError("--host-group excludes --hosts and --experts-per-host")
     if (chosen.tls_cert is None) != (chosen.tls_key is None) or (chosen.tls_client_ca and not chosen.tls_cert):
         raise click.UsageError("--tls-cert and --tls-key go together, and --tls-client-ca needs them")
     for path in filter(None, (chosen.tls_cert, chosen.tls_key, chosen.tls_client_ca)):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot import logs
-from folkmoot.cluster import environment, interrupts, metrics_node, processes, ray_runtime, warm_files
+from folkmoot.cluster import environment, host_groups, interrupts, metrics_node, processes, ray_runtime, warm_files
+from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
@@ -46,7 +47,8 @@ LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
     *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
-    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
+    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
+    *("stall_s", "no_replica_timeout_s"),
 )
 
 Report = Callable[[str], None]
@@ -72,6 +74,8 @@ class UpOptions:
     most_hosts: int | None = None
     """None: their number stays; else the autoscaler may start so many"""
     experts_per_host: int | None = None
+    host_groups: tuple[HostGroup, ...] = ()
+    """instead of `hosts`: hosts of several kinds"""
     replicas: int | None = None
     """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""
     share_weights: bool | None = None
@@ -160,6 +164,7 @@ class Supervisor:
         model_path, shape = resolve_model(self.options.model, self._tell)
         num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
         check_expert_dtype(self.options, model_path)
+        check_host_groups(self.options, shape)
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
         metrics = self._hold_metrics_port()
         self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), metrics=metrics, **files)
@@ -285,7 +290,8 @@ class Supervisor:
 
     def _start_ray(self, spec: ClusterSpec) -> str:
         engines = first_wish(spec).engine_limits.most
-        wanted = spec.hosts * spec.host_cpus + engines * spec.engine_cpus
+        hosts_wanted = [g.hosts * (spec.host_cpus if g.cpus is None else g.cpus) for g in spec.host_groups]
+        wanted = (sum(hosts_wanted) or spec.hosts * spec.host_cpus) + engines * spec.engine_cpus
         num_cpus = max(os.cpu_count() or 1, math.ceil(wanted))
         assert self._run_dir is not None
         num_gpus = math.ceil(spec.hosts * spec.host_gpus + engines * spec.engine_gpus) or None
@@ -375,6 +381,9 @@ def make_spec(
         replicas=replicas,
         share_weights=shares_weights(options),
         templates=shares_weights(options) if options.templates is None else options.templates,
+        column_bytes=expert_dtype.column_bytes(
+            shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype
+        ),
         several_nodes=options.address is not None,
         background_workers=_background_workers(options, shape),
         host_cpus=options.cpus_per_host,
@@ -404,6 +413,8 @@ def shares_weights(options: UpOptions) -> bool:
 def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, int]:
     """Expert hosts and replicas of each expert, where options leave them open. Raises PlacementError."""
     hosts, replicas = options.hosts, options.replicas
+    if options.host_groups:
+        hosts, replicas = sum(group.hosts for group in options.host_groups), replicas or 1
     per_host, capacity = options.experts_per_host, options.max_experts_per_host
     if hosts is None and per_host is None and num_experts:
         hosts = max(replicas or 1, min(2, num_experts))
@@ -412,6 +423,14 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
         replicas = hosts if is_free and num_experts and hosts is not None else 1
     num_hosts = num_hosts_for(num_experts, replicas, num_hosts=hosts, experts_per_host=per_host, capacity=capacity)
     return num_hosts, replicas
+
+
+def check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
+    """Raises PlacementError where host groups have no room for all experts."""
+    if options.host_groups and shape.num_experts:
+        size = expert_dtype.column_bytes(shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype)
+        most = options.max_experts_per_host
+        host_groups.check_fit(options.host_groups, shape.num_experts, options.replicas or 1, size, most)
 
 
 def check_expert_dtype(options: UpOptions, model_path: Path) -> None:

@@ -80,6 +80,12 @@ def held(config: Mapping[str, Any]) -> str | None:
     return method
 
 
+def column_bytes(checkpoint_bytes: int, dtype: str, expert_dtype: str) -> int:
+    """About what experts take in memory that are so large in a checkpoint whose weights are of `dtype`."""
+    most = {"int8": 8.5, "fp8": 8.5, "int4": 4.75, "mxfp4": 4.75}.get(expert_dtype)  # bits, with scales and padding
+    return checkpoint_bytes if most is None else round(checkpoint_bytes * most / (32 if dtype == "float32" else 16))
+
+
 def has_amx() -> bool:
     """Whether this machine's processor has AMX."""
     try:
