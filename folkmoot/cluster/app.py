@@ -22,8 +22,9 @@ from ray.serve.schema import ApplicationStatus
 from folkmoot.cluster import environment, ray_runtime
 from folkmoot.cluster.cli_common import Span
 from folkmoot.cluster.cli_up import up
-from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
+from folkmoot.cluster.launch import short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
+from folkmoot.cluster.up_options import StartError, UpOptions, make_spec, resolve_model
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import GatewaySettings
 

@@ -18,9 +18,9 @@ from folkmoot.cluster.cli_common import (
     gateway_options,
     watch_options,
 )
-from folkmoot.cluster.launch import StartError
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, StateFolder
+from folkmoot.cluster.up_options import StartError
 from folkmoot.gateway.client_errors import FolkmootError
 
 

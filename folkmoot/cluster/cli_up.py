@@ -14,9 +14,10 @@ import click
 from folkmoot import logs
 from folkmoot.cluster import host_groups, interrupts
 from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_options, require_file
-from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
+from folkmoot.cluster.launch import Supervisor
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.cluster.up_options import StartError, UpOptions
 from folkmoot.experts import expert_dtype
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import is_local

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from folkmoot.cluster import interrupts, processes, status_view
-from folkmoot.cluster.launch import Supervisor, UpOptions
+from folkmoot.cluster.launch import Supervisor
+from folkmoot.cluster.up_options import UpOptions
 from folkmoot.gateway.client import Client
 
 QUESTIONS = (

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from folkmoot.cluster import bench, cli_up, status_view
 from folkmoot.cluster.cli import main
-from folkmoot.cluster.launch import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.cluster.up_options import StartError, UpOptions, num_hosts_and_replicas
 from folkmoot.gateway.api_keys import KEY
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of

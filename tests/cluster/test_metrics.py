@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from folkmoot.cluster import app, metrics_engine, metrics_hosts, metrics_node, metrics_router
-from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
+from folkmoot.cluster.launch import Supervisor
 from folkmoot.cluster.metrics_hosts import HostFigures, Usage, usage_of
 from folkmoot.cluster.metrics_router import RouterCounts
 from folkmoot.cluster.router_events import EngineReported, Event, HostDied, Tick, apply
 from folkmoot.cluster.router_state import QUARANTINE_AFTER
 from folkmoot.cluster.state_file import ClusterState, StateFolder
+from folkmoot.cluster.up_options import StartError, UpOptions
 from folkmoot.gateway.holder import HolderCounts
 from folkmoot.gateway.metrics import exposition
 from folkmoot.gateway.queue import Held

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from folkmoot.cluster import warm_files
-from folkmoot.cluster.launch import Supervisor, UpOptions
+from folkmoot.cluster.launch import Supervisor
+from folkmoot.cluster.up_options import UpOptions
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import eventually
 
