@@ -286,7 +286,7 @@ class Bench:
             }
             children[name] = self.parent(openmp).spawn(
                 "folkmoot.experts.host:main", spec, self.directory / "host.log",
-                memory=f"{checkpoint} {dtype}" if share_weights else None,
+                memory=f"{checkpoint} {dtype} {settings.get('expert_dtype')}" if share_weights else None,
             )  # fmt: skip
         for name, child in children.items():
             ready = child.receive(LOAD_TIMEOUT_S)

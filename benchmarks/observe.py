@@ -1,12 +1,11 @@
-"""What it costs to be observed: throughput with metrics on, and scraped every second, over off.
+"""What it costs to be observed: throughput with metrics on, and scraped every second, over off; and with traces too.
 
-Side by side in one run, in turns: two gateways on one store with an engine that answers at once (answers of one piece,
-and of 32, each a message), and two small clusters (vLLM, four expert hosts each). Each figure is the median of the
-rounds' ratios. `--quick` leaves the clusters out. OTEL_TRACES_SAMPLER says how many traces `--traces` records: all,
-unless it is set.
+Side by side in one run, in turns: three gateways on one store with an engine that answers at once (answers of one
+piece, and of 32, each a message), and three small clusters (vLLM, four expert hosts each). Traces are sampled all, and
+go to a collector that drops them, on the same cores. Each figure is the median of the rounds' ratios. `--quick` leaves
+the clusters out.
 
     python -m benchmarks.observe --json observe.json
-    python -m benchmarks.observe --traces                    # "on" makes traces, too, and sends them to a collector
     python -m benchmarks.observe --picture panels.png        # what the dashboard shows of a small cluster under load
 """
 
@@ -18,14 +17,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from benchmarks.checkpoints import tiny
 from benchmarks.clusters import Cluster
@@ -45,9 +42,14 @@ SCRAPE_EVERY_S = 1.0
 PIECES = (1, 32)
 CLIENTS, TOKENS = 8, 32
 CLUSTER = ("--hosts", "4", "--replicas", "2", "--max-model-len", "512")
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+OBSERVED = {"off": False, "metrics": True, "both": True}
+"""The subjects, and whether they have metrics; "both" has traces too."""
+
 Round = Callable[[], Awaitable[float]]
-Told = Callable[[], AbstractContextManager[None]]
-"""told(): what is started inside is on"""
+Speeds = dict[str, list[float]]
+Gateway = tuple[str, str | None]
+"""A gateway's address, and the URL of its metrics; None: it has none."""
 
 
 def engine(url: str, ready: Event) -> None:
@@ -91,12 +93,13 @@ async def scraped(url: str | None) -> AsyncIterator[list[int]]:
             task.cancel()
 
 
-async def compared(rounds: Mapping[str, tuple[str | None, Round]], times: int) -> dict[str, list[float]]:
-    """Rounds of "on" and "off" in turns, the first of each pair alternating; "on" is scraped meanwhile."""
-    speeds: dict[str, list[float]] = {name: [] for name in rounds}
+async def compared(subjects: Mapping[str, tuple[str | None, Round]], times: int) -> Speeds:
+    """Rounds in turns, each time in another order; who has a URL is scraped meanwhile."""
+    speeds: Speeds = {name: [] for name in subjects}
+    names = list(subjects)
     for i in range(times + 1):
-        for name in sorted(rounds, reverse=bool(i % 2)):
-            url, run = rounds[name]
+        for name in (*names[i % len(names) :], *names[: i % len(names)]):
+            url, run = subjects[name]
             async with scraped(url) as sizes:
                 speed = await run()
             if url is not None and not all(sizes):
@@ -106,25 +109,80 @@ async def compared(rounds: Mapping[str, tuple[str | None, Round]], times: int) -
     return speeds
 
 
-def ratio(speeds: Mapping[str, list[float]]) -> float:
-    """On over off, the median of the rounds' ratios."""
-    return statistics.median(on / off for on, off in zip(speeds["on"], speeds["off"], strict=True))
+def ratio(speeds: Speeds, name: str) -> float:
+    """Over off, the median of the rounds' ratios."""
+    return statistics.median(on / off for on, off in zip(speeds[name], speeds["off"], strict=True))
+
+
+def collector(port: int, received: Any, ready: Event) -> None:
+    """A process: takes traces by OTLP, counts their spans, and drops them."""
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+    class Dropping(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, context: object) -> object:
+            scopes = (scope for group in request.resource_spans for scope in group.scope_spans)
+            received.value += sum(len(scope.spans) for scope in scopes)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    async def run() -> None:
+        server = grpc.aio.server()
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Dropping(), server)  # type: ignore[no-untyped-call]
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        ready.set()
+        await server.wait_for_termination()
+
+    asyncio.run(run())
+
+
+@contextmanager
+def traced(endpoint: str | None) -> Iterator[None]:
+    """What is started within sends its spans there; None: nowhere."""
+    before = os.environ.pop(ENDPOINT, None)
+    if endpoint is not None:
+        os.environ[ENDPOINT] = endpoint
+    try:
+        yield
+    finally:
+        os.environ.pop(ENDPOINT, None)
+        if before is not None:
+            os.environ[ENDPOINT] = before
 
 
 # ------------------------------------------------------------------------------------------------ gateways alone
 
 
-async def of_gateways(on: str, url: str, off: str, times: int, seconds: float) -> dict[int, dict[str, list[float]]]:
-    """Calls a second with CONCURRENT in flight, by the number of pieces of an answer. `url`: of the metrics of `on`."""
+async def of_gateways(gateways: Mapping[str, Gateway], times: int, seconds: float) -> dict[str, Speeds]:
+    """Calls a second with CONCURRENT in flight, by the number of pieces of an answer."""
     found = {}
-    for pieces in PIECES:
-        request = pb.GenerateRequest(
-            tokens=pb.TokenPrompt(token_ids=range(1, 33)), sampling=pb.SamplingParameters(max_tokens=pieces)
-        )
-        async with grpc.aio.insecure_channel(on) as one, grpc.aio.insecure_channel(off) as other:
-            rounds = {"on": (url, _round(one, request, seconds)), "off": (None, _round(other, request, seconds))}
-            found[pieces] = await compared(rounds, times)
+    async with AsyncExitStack() as stack:
+        channels = {
+            name: await stack.enter_async_context(grpc.aio.insecure_channel(address))
+            for name, (address, _) in gateways.items()
+        }
+        for pieces in PIECES:
+            request = pb.GenerateRequest(
+                tokens=pb.TokenPrompt(token_ids=range(1, 33)), sampling=pb.SamplingParameters(max_tokens=pieces)
+            )
+            subjects = {n: (url, _round(channels[n], request, seconds)) for n, (_, url) in gateways.items()}
+            found[f"gateway_{pieces}"] = await compared(subjects, times)
     return found
+
+
+@contextmanager
+def three_gateways(endpoint: str) -> Iterator[dict[str, Gateway]]:
+    """On one store, with one engine behind."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
+        store = stack.enter_context(EmbeddedStore(folder / "store"))
+        stack.enter_context(process(engine, store.url))
+        gateways: dict[str, Gateway] = {}
+        for name, observed in OBSERVED.items():
+            metrics = f"127.0.0.1:{free_port()}" if observed else OFF
+            with traced(endpoint if name == "both" else None):
+                address = stack.enter_context(gateway_process(store.url, "--metrics", metrics))
+            gateways[name] = address, f"http://{metrics}{PATH}" if observed else None
+        yield gateways
 
 
 def _round(channel: grpc.aio.Channel, request: pb.GenerateRequest, seconds: float) -> Round:
@@ -143,11 +201,27 @@ def _round(channel: grpc.aio.Channel, request: pb.GenerateRequest, seconds: floa
 # --------------------------------------------------------------------------------------------------- clusters
 
 
-async def of_clusters(on: Cluster, off: Cluster, times: int, seconds: float) -> dict[str, list[float]]:
+async def of_clusters(clusters: Mapping[str, Cluster], times: int, seconds: float) -> Speeds:
     """Tokens a second of CLIENTS clients."""
-    return await compared(
-        {"on": (on.state.metrics, lambda: tokens_s(on, seconds)), "off": (None, lambda: tokens_s(off, seconds))}, times
-    )
+
+    def round_of(cluster: Cluster) -> Round:
+        return lambda: tokens_s(cluster, seconds)
+
+    return await compared({name: (one.state.metrics, round_of(one)) for name, one in clusters.items()}, times)
+
+
+@contextmanager
+def three_clusters(endpoint: str) -> Iterator[dict[str, Cluster]]:
+    """Of one tiny model."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
+        model = tiny("mixtral", folder / "model")
+        clusters = {}
+        for name, observed in OBSERVED.items():
+            options = (*CLUSTER, "--metrics", "127.0.0.1:0" if observed else OFF)
+            with traced(endpoint if name == "both" else None):
+                clusters[name] = stack.enter_context(Cluster(model, options, name=name))
+        yield clusters
 
 
 async def tokens_s(cluster: Cluster, seconds: float) -> float:
@@ -182,88 +256,44 @@ def show(path: Path, seconds: float) -> None:
 def main() -> None:
     """Command line."""
     p = parser(__doc__)
-    p.add_argument("--traces", action="store_true", help="traces on, too")
     p.add_argument("--picture", type=Path, metavar="FILE", help="draw the dashboard's panels instead")
     options = p.parse_args()
     if options.picture is not None:
         if find_program("prometheus") is None:
             p.error("no prometheus is at hand (Debian: apt-get install prometheus)")
         return show(options.picture, 10.0 if options.quick else 60.0)
-    times, seconds = (2, 0.7) if options.quick else (9, 3.0)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
-        told: Told = stack.enter_context(traces()) if options.traces else nullcontext
-        found = measured_gateways(folder, told, times, seconds)
+    times, seconds = (2, 0.4) if options.quick else (12, 1.5)
+    port, spans = free_port(), multiprocessing.get_context("spawn").Value("q", 0)
+    with process(collector, port, spans):
+        endpoint = f"http://127.0.0.1:{port}"
+        with three_gateways(endpoint) as gateways:
+            found = asyncio.run(of_gateways(gateways, times, seconds))
         if not options.quick:
-            found["cluster"] = measured_clusters(folder, told, times, 2 * seconds)
-    report(found, "metrics_and_traces" if options.traces else "metrics", options.json)
+            with three_clusters(endpoint) as clusters:
+                found["cluster"] = asyncio.run(of_clusters(clusters, times, 2 * seconds))
+    if not spans.value:
+        raise RuntimeError("no span has come")
+    report(found, spans.value, options.json)
 
 
-def measured_gateways(folder: Path, told: Told, times: int, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Both of them on one store, and the engine."""
-    with ExitStack() as stack:
-        store = stack.enter_context(EmbeddedStore(folder / "store"))
-        stack.enter_context(process(engine, store.url))
-        metrics = f"127.0.0.1:{free_port()}"
-        with told():
-            on = stack.enter_context(gateway_process(store.url, "--metrics", metrics))
-        off = stack.enter_context(gateway_process(store.url, "--metrics", OFF))
-        speeds = asyncio.run(of_gateways(on, f"http://{metrics}{PATH}", off, times, seconds))
-    return {f"gateway_{pieces}": one for pieces, one in speeds.items()}
-
-
-def measured_clusters(folder: Path, told: Told, times: int, seconds: float) -> dict[str, list[float]]:
-    """Two alike, but for what is measured."""
-    model = tiny("mixtral", folder / "model")
-    with ExitStack() as stack:
-        with told():
-            on = stack.enter_context(Cluster(model, CLUSTER, name="on"))
-        off = stack.enter_context(Cluster(model, (*CLUSTER, "--metrics", OFF), name="off"))
-        return asyncio.run(of_clusters(on, off, times, seconds))
-
-
-def collector(port: int, received: Any, ready: Event) -> None:
-    """A process: takes spans by OTLP, and counts them."""
-
-    class Service(trace_service_pb2_grpc.TraceServiceServicer):
-        def Export(self, request: Any, context: Any) -> Any:
-            for group in request.resource_spans:
-                received.value += sum(len(scope.spans) for scope in group.scope_spans)
-            return trace_service_pb2.ExportTraceServiceResponse()
-
-    server = grpc.server(ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), server)  # type: ignore[no-untyped-call]
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    ready.set()
-    server.wait_for_termination()
-
-
-@contextmanager
-def traces() -> Iterator[Told]:
-    """A collector; what is started inside a context of what this gives sends its spans there. RuntimeError at the end
-    where none has come."""
-    received, port = multiprocessing.get_context("spawn").Value("q", 0), free_port()
-
-    @contextmanager
-    def told() -> Iterator[None]:
-        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{port}"
-        yield
-        del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
-
-    with process(collector, port, received):
-        yield told
-    print(f"{received.value} spans")
-    if not received.value:
-        raise RuntimeError("no spans came")
-
-
-def report(found: Mapping[str, dict[str, list[float]]], what: str, path: Path | None) -> None:
+def report(found: Mapping[str, Speeds], spans: int, path: Path | None) -> None:
     """The table and the flat figures."""
-    rows = [(name, *(statistics.median(s[which]) for which in ("on", "off")), ratio(s)) for name, s in found.items()]
-    print(table(f"{what} on over off", ("", "on, a second", "off, a second", "ratio"), rows))
-    ratios = {f"{what}_on_over_off_{name}": ratio(speeds) for name, speeds in found.items()}
-    finish({f"{what}_on_over_off": min(ratios.values()), **ratios}, path)
+    rows = [
+        (
+            name,
+            *(statistics.median(speeds[which]) for which in OBSERVED),
+            ratio(speeds, "metrics"),
+            ratio(speeds, "both"),
+        )
+        for name, speeds in found.items()
+    ]
+    header = ("a second", "off", "metrics", "metrics and traces", "metrics / off", "both / off")
+    print(table("Throughput, observed", header, rows))
+    figures: dict[str, object] = {"spans": spans}
+    for key, which in (("metrics_on_over_off", "metrics"), ("metrics_and_traces_on_over_off", "both")):
+        ratios = {name: ratio(speeds, which) for name, speeds in found.items()}
+        figures |= {key: min(ratios.values()), **{f"{key}_{name}": value for name, value in ratios.items()}}
+    finish(figures, path)
 
 
 if __name__ == "__main__":

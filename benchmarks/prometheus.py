@@ -96,8 +96,9 @@ class Prometheus:
         return self._series("query", query=expression)
 
     def query_range(self, expression: str, begin_s: float, end_s: float, step_s: float = 1.0) -> list[Series]:
-        """Over a span of time (Unix seconds)."""
-        return self._series("query_range", query=expression, start=begin_s, end=end_s, step=step_s)
+        """Over a span of time (Unix seconds), its end included."""
+        first_s = end_s - (end_s - begin_s) // step_s * step_s
+        return self._series("query_range", query=expression, start=first_s, end=end_s, step=step_s)
 
     def _series(self, kind: str, **arguments: object) -> list[Series]:
         found = self._get(f"/api/v1/{kind}?{urllib.parse.urlencode(arguments)}")["data"]["result"]
@@ -151,7 +152,8 @@ def picture(prometheus: Prometheus, begin_s: float, end_s: float, path: Path) ->
                 counts[f"{panel.row}: {panel.title}"] += 1
         axis.set_title(panel.title, fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.legend(fontsize=5, loc="upper left", ncols=2)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=5, loc="upper left", ncols=2)
     for axis in axes.flat[len(asked) :]:
         axis.axis("off")
     figure.tight_layout()

@@ -8,7 +8,6 @@ outlive it, and when it is started again it finds them.
 
 import logging
 import os
-import re
 import secrets
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +24,7 @@ from folkmoot.cluster.cli_common import Span
 from folkmoot.cluster.cli_up import up
 from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
+from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
                 raise ValueError(f"{option.name}: {e.message}") from e
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
-    if not re.fullmatch(r"off|.+:[1-9]\d{0,4}", options.metrics):
+    host, _, port = options.metrics.rpartition(":")
+    if options.metrics != OFF and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
         raise ValueError(f"metrics: must be HOST:PORT with a port that is known, or off, is {options.metrics!r}")
     return options
 

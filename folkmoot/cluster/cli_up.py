@@ -12,11 +12,12 @@ from typing import Any
 import click
 
 from folkmoot import logs
-from folkmoot.cluster import interrupts
+from folkmoot.cluster import host_groups, interrupts
 from folkmoot.cluster.cli_common import HOSTS, SPAN, Failure, console, name_options, require_file
 from folkmoot.cluster.launch import StartError, Supervisor, UpOptions
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
+from folkmoot.experts import expert_dtype
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import is_local
 
@@ -41,6 +42,15 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     if not re.fullmatch(r"off|.+:\d{1,5}", text):
         raise click.BadParameter(f"{text!r} is neither HOST:PORT nor off")
     return text
+
+
+def _checked_groups(
+    _context: click.Context, _option: click.Parameter, texts: tuple[str, ...]
+) -> tuple[host_groups.HostGroup, ...]:
+    try:
+        return tuple(host_groups.parse(text) for text in texts)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
 
 
 @click.command()
@@ -70,6 +80,15 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     type=click.IntRange(1),
     metavar="K",
     help="instead of --hosts: experts (of every layer) a host holds",
+)
+@click.option(
+    "--host-group",
+    "host_groups",
+    multiple=True,
+    callback=_checked_groups,
+    metavar="N:cpu=C,memory=SIZE",
+    help="instead of --hosts, and repeatable: N expert hosts with C cores and room for SIZE (as 8GiB) of experts each; "
+    "each gets its share of them by its cores, or by speed=S",
 )
 @click.option(
     "--replicas",
@@ -165,6 +184,13 @@ def _checked_metrics(_context: click.Context, _option: click.Parameter, text: st
     help="shares of each lane, by tokens; 1 for who is not named",
 )
 @click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32")
+@click.option(
+    "--expert-dtype",
+    type=click.Choice(expert_dtype.NAMES),
+    default=UpOptions.expert_dtype,
+    show_default=True,
+    help="what expert hosts quantise experts to while they load them; kept beside the checkpoint for the next start",
+)
 @click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda")
 @click.option(
     "--kv-cache-gib",
@@ -272,6 +298,8 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
     chosen = UpOptions(**options)
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
+    if chosen.host_groups and (options["hosts"] is not None or chosen.experts_per_host is not None):
+        raise click.UsageError("--host-group excludes --hosts and --experts-per-host")
     if (chosen.tls_cert is None) != (chosen.tls_key is None) or (chosen.tls_client_ca and not chosen.tls_cert):
         raise click.UsageError("--tls-cert and --tls-key go together, and --tls-client-ca needs them")
     for path in filter(None, (chosen.tls_cert, chosen.tls_key, chosen.tls_client_ca)):

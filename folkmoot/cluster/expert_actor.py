@@ -146,13 +146,15 @@ class ExpertActor:
             "secret_file": str(spec.secret_file),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
+            "expert_dtype": spec.expert_dtype,
             "device": spec.device,
             "threads": threads,
         }
 
     def _memory(self) -> str | None:
         """The memory file in which this node's hosts share their weights."""
-        return f"{self._spec.model_path} {self._spec.dtype}" if self._spec.share_weights else None
+        spec = self._spec
+        return f"{spec.model_path} {spec.dtype} {spec.expert_dtype}" if spec.share_weights else None
 
     def _socket(self, host: str, incarnation: int) -> Path:
         return Path(self._spec.run_dir) / f"{host}.{incarnation}.sock"
@@ -203,12 +205,12 @@ class ExpertActor:
         )
 
     async def _text(self) -> bytes:
-        """This host's metrics: of the life that serves, and where another one is to take over, its memory too."""
+        """This host's metrics: of the life that serves; where another one is to take over, memory and time of both."""
         living = [p for _, p in sorted(self._processes.items()) if _has_result(p.ready)]
         if not living:
             return b""
-        usages = [metrics_hosts.usage_of(process.child.pid) for process in living]
-        return exposition(metrics_hosts.families([_figures(living[0], usages)]))
+        usage = sum((metrics_hosts.usage_of(process.child.pid) for process in living), Usage())
+        return exposition(metrics_hosts.families([_figures(living[0], usage)]))
 
     def _pass_loads_on(self, process: _Process, ready: HostReady) -> NoReturn:
         router = ray.get_actor(ROUTER, self._spec.namespace)
@@ -237,19 +239,11 @@ class ExpertActor:
         process.closed.set_result(reason)
 
 
-def _figures(process: _Process, usages: Sequence[Usage]) -> HostFigures:
-    """Of a life that is ready; the memory is that of all lives."""
-    ready, memory = process.ready.result(), [(usage.private, usage.shared) for usage in usages]
-    private, shared = (sum(sizes) for sizes in zip(*memory, strict=True))
-    return HostFigures(
-        ready.host,
-        len(ready.columns),
-        ready.bytes,
-        ready.shared_bytes,
-        ready.load_s,
-        Usage(private, shared, usages[0].cpu_s),
-        process.load,
-    )
+def _figures(process: _Process, usage: Usage) -> HostFigures:
+    """Of a life that is ready."""
+    ready = process.ready.result()
+    num_experts = len(ready.columns)
+    return HostFigures(ready.host, num_experts, ready.bytes, ready.shared_bytes, ready.load_s, usage, process.load)
 
 
 def _has_result(future: "asyncio.Future[HostReady]") -> bool:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot import logs
-from folkmoot.cluster import environment, interrupts, metrics_node, processes, ray_runtime, warm_files
+from folkmoot.cluster import environment, host_groups, interrupts, metrics_node, processes, ray_runtime, warm_files
+from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.wish import first_wish
+from folkmoot.experts import expert_dtype
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.metrics_server import OFF, PATH
 from folkmoot.gateway.queue import RequestQueue
@@ -43,9 +45,10 @@ MOST_STORE_PAUSE_S = 16.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
 SHARED_WITH_SPEC = (
-    *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "device", "max_model_len"),
-    *("max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
-    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "stall_s", "no_replica_timeout_s"),
+    *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
+    *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
+    *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
+    *("stall_s", "no_replica_timeout_s"),
 )
 
 Report = Callable[[str], None]
@@ -71,6 +74,8 @@ class UpOptions:
     most_hosts: int | None = None
     """None: their number stays; else the autoscaler may start so many"""
     experts_per_host: int | None = None
+    host_groups: tuple[HostGroup, ...] = ()
+    """instead of `hosts`: hosts of several kinds"""
     replicas: int | None = None
     """None: as many as hosts where weights are shared by hosts on one node, so that they cost no memory; else 1"""
     share_weights: bool | None = None
@@ -99,6 +104,7 @@ class UpOptions:
     batch_rows: int = ClusterSpec.batch_rows
     batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
     dtype: str = "auto"
+    expert_dtype: str = ClusterSpec.expert_dtype
     device: str = "cpu"
     tenant_weights: str = ""
     """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
@@ -157,6 +163,8 @@ class Supervisor:
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
         num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
+        check_expert_dtype(self.options, model_path)
+        check_host_groups(self.options, shape)
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
         metrics = self._hold_metrics_port()
         self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), metrics=metrics, **files)
@@ -266,8 +274,8 @@ class Supervisor:
             return OFF
         try:
             self._metrics = metrics_node.hold(wanted)
-        except OSError as e:
-            raise StartError(f"--metrics {wanted}: {e.strerror or e}") from e
+        except (OSError, OverflowError) as e:  # the latter for a port beyond the last one
+            raise StartError(f"--metrics {wanted}: {getattr(e, 'strerror', None) or e}") from e
         return metrics_node.address_of(self._metrics, wanted)
 
     def _start_gateway(self, spec: ClusterSpec, listen: str | None = None) -> None:
@@ -282,7 +290,8 @@ class Supervisor:
 
     def _start_ray(self, spec: ClusterSpec) -> str:
         engines = first_wish(spec).engine_limits.most
-        wanted = spec.hosts * spec.host_cpus + engines * spec.engine_cpus
+        hosts_wanted = [g.hosts * (spec.host_cpus if g.cpus is None else g.cpus) for g in spec.host_groups]
+        wanted = (sum(hosts_wanted) or spec.hosts * spec.host_cpus) + engines * spec.engine_cpus
         num_cpus = max(os.cpu_count() or 1, math.ceil(wanted))
         assert self._run_dir is not None
         num_gpus = math.ceil(spec.hosts * spec.host_gpus + engines * spec.engine_gpus) or None
@@ -308,9 +317,20 @@ class Supervisor:
                 self._mark("engines")
                 if self._gateway_address is not None and hosts == spec.hosts:
                     return
-            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s))
+            self._tell(waiting_for(spec, status, warm="warm" in self._timings_s, quantised=self._quantised(spec)))
             interrupts.check()
             time.sleep(POLL_S)
+
+    def _quantised(self, spec: ClusterSpec) -> float | None:
+        """The share of the experts that lie quantised beside the checkpoint; None where none have to."""
+        if spec.expert_dtype not in expert_dtype.ON_CPU or spec.device != "cpu" or "hosts" in self._timings_s:
+            return None
+        from folkmoot.experts.quantise_cache import ExpertCache
+        from folkmoot.experts.vllm_api import checkpoint
+
+        path = Path(spec.model_path)
+        count = ExpertCache(path, checkpoint.identity(path), spec.dtype).count(spec.expert_dtype)
+        return count / max(1, len(spec.moe_layers) * spec.num_experts)
 
     def _check_processes(self, spec: ClusterSpec) -> None:
         """Raises StartError with the end of the log of what died."""
@@ -361,6 +381,9 @@ def make_spec(
         replicas=replicas,
         share_weights=shares_weights(options),
         templates=shares_weights(options) if options.templates is None else options.templates,
+        column_bytes=expert_dtype.column_bytes(
+            shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype
+        ),
         several_nodes=options.address is not None,
         background_workers=_background_workers(options, shape),
         host_cpus=options.cpus_per_host,
@@ -390,6 +413,8 @@ def shares_weights(options: UpOptions) -> bool:
 def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, int]:
     """Expert hosts and replicas of each expert, where options leave them open. Raises PlacementError."""
     hosts, replicas = options.hosts, options.replicas
+    if options.host_groups:
+        hosts, replicas = sum(group.hosts for group in options.host_groups), replicas or 1
     per_host, capacity = options.experts_per_host, options.max_experts_per_host
     if hosts is None and per_host is None and num_experts:
         hosts = max(replicas or 1, min(2, num_experts))
@@ -398,6 +423,23 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
         replicas = hosts if is_free and num_experts and hosts is not None else 1
     num_hosts = num_hosts_for(num_experts, replicas, num_hosts=hosts, experts_per_host=per_host, capacity=capacity)
     return num_hosts, replicas
+
+
+def check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
+    """Raises PlacementError where host groups have no room for all experts."""
+    if options.host_groups and shape.num_experts:
+        size = expert_dtype.column_bytes(shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype)
+        most = options.max_experts_per_host
+        host_groups.check_fit(options.host_groups, shape.num_experts, options.replicas or 1, size, most)
+
+
+def check_expert_dtype(options: UpOptions, model_path: Path) -> None:
+    """Raises StartError where the model's experts cannot be had as asked for."""
+    amx = expert_dtype.has_amx() if options.address is None else None
+    try:
+        expert_dtype.check(model_path, options.expert_dtype, dtype=options.dtype, device=options.device, amx=amx)
+    except ValueError as e:
+        raise StartError(str(e)) from e
 
 
 def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[Path, ModelShape]":
@@ -470,15 +512,16 @@ def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_r
         raise StartError(f"Ray Serve did not start the engines: {deployment.error}")
 
 
-def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool) -> str:
-    """What a cluster that comes up still lacks, in words."""
+def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool, quantised: float | None = None) -> str:
+    """What a cluster that comes up still lacks, in words. `quantised`: the share of the experts that are; None: all."""
     if not warm:
         return "importing vLLM, once for all processes"
     hosts = sum(h["alive"] for h in status["hosts"])
     engines = sum(e["phase"] == "ready" for e in status["engines"])
     parts = []
     if hosts < spec.hosts:
-        parts.append(f"expert hosts ({hosts} of {spec.hosts} ready)")
+        made = "" if quantised is None or quantised >= 1 else f", {spec.expert_dtype} experts {quantised:.0%} made"
+        parts.append(f"expert hosts ({hosts} of {spec.hosts} ready{made})")
     if engines < spec.first_engines:
         parts.append(f"engines ({engines} of {spec.first_engines} ready)")
     return "loading " + " and ".join(parts) if parts else "waiting for the gateway"

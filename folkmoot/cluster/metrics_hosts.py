@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ WEIGHTS = Metric(
 RESIDENT = Metric(
     "folkmoot_host_resident_bytes",
     "gauge",
-    "Memory of its processes: private, or shared with others",
+    "Memory of its processes by the kernel's kinds: anonymous, file, shmem",
     (*HOST, "kind"),
 )
 CPU = Metric("folkmoot_host_cpu_seconds_total", "counter", "Processor time of its process", HOST)
 LOAD_SECONDS = Metric("folkmoot_host_load_seconds", "gauge", "How long it took to load its experts", HOST)
 METRICS = (CALLS, ROWS, BUSY, WAITED, RECEIVED, SENT, REFUSED, EXPERTS, WEIGHTS, RESIDENT, CPU, LOAD_SECONDS)
 
+MEMORY_KINDS = ("anonymous", "file", "shmem")
 OF_LOAD = {
     CALLS: "requests",
     WAITED: "waited_s",
@@ -51,11 +52,16 @@ OF_LOAD = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What the kernel says of a process: bytes of memory of its own, bytes that others map too, processor seconds."""
+    """What the kernel says of a process: resident bytes by kind, and processor seconds. Pages that a fork still shares
+    with its parent count as anonymous in each."""
 
-    private: int = 0
-    shared: int = 0
+    anonymous: int = 0
+    file: int = 0
+    shmem: int = 0
     cpu_s: float = 0.0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def families(hosts: Sequence[HostFigures]) -> Iterator[Family]:
     yield LOAD_SECONDS.family(((one.host,), one.load_s) for one in hosts)
     yield CPU.family(((one.host,), one.usage.cpu_s) for one in hosts)
     weights = [(one.host, {"private": one.bytes - one.shared_bytes, "shared": one.shared_bytes}) for one in hosts]
-    memory = [(one.host, {"private": one.usage.private, "shared": one.usage.shared}) for one in hosts]
+    memory = [(one.host, {kind: getattr(one.usage, kind) for kind in MEMORY_KINDS}) for one in hosts]
     for metric, figures in ((WEIGHTS, weights), (RESIDENT, memory)):
         yield metric.family(((host, kind), size) for host, sizes in figures for kind, size in sizes.items())
 
@@ -95,7 +101,6 @@ def usage_of(pid: int) -> Usage:
         times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return Usage()
-    kib = {line.partition(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
-    size = {name: int(value) * 1024 for name, value in kib.items()}
-    shared = size.get("RssFile", 0) + size.get("RssShmem", 0)
-    return Usage(size.get("RssAnon", 0), shared, (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"))
+    size = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line[:3] == "Rss"}
+    cpu_s = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    return Usage(size.get("RssAnon", 0), size.get("RssFile", 0), size.get("RssShmem", 0), cpu_s)

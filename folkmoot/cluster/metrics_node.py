@@ -47,7 +47,7 @@ def hold(address: str) -> socket.socket:
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(where)
-    except OSError:
+    except BaseException:
         held.close()
         raise
     return held

@@ -23,12 +23,13 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class HostSlot:
-    """A place for an expert host: the host's name, its node (None: Ray has found none yet), and how many columns fit
-    (None: any number)."""
+    """A place for an expert host: the host's name, its node (None: Ray has found none yet), how many columns fit
+    (None: any number), and its speed, of which only ratios to other hosts' matter."""
 
     host: str
     node: str | None
     capacity: int | None = None
+    speed: float = 1.0
 
 
 Held: TypeAlias = dict[str, set[int]]
@@ -86,8 +87,8 @@ def rebalance(
     """The columns that each host ought to hold: `wanted[c]` replicas of column c, each on another host.
 
     `held` names what hosts hold now; what can stay, stays. Where there are several nodes, a column's replicas go to
-    different nodes. Hosts end up level, as far as their room allows. Where not all replicas fit, every column gets its
-    first one before any gets its second; `shortfall` says what is missing.
+    different nodes. Hosts end up level, by columns over speed, as far as their room allows. Where not all replicas fit,
+    every column gets its first one before any gets its second; `shortfall` says what is missing.
     """
     kept = _without_surplus(wanted, hosts, held)
     chosen = (
@@ -172,11 +173,12 @@ def _spreading_move(hosts: Sequence[HostSlot], chosen: Held) -> Move | None:
 
 
 def _levelling_move(hosts: Sequence[HostSlot], chosen: Held) -> Move | None:
-    """A move from a host to one with at least two columns fewer, that leaves no column on fewer nodes."""
-    by_load = sorted(hosts, key=lambda h: len(chosen[h.host]))
+    """A move to a host that is less loaded with it than the source was, that leaves no column on fewer nodes."""
+    by_load = sorted(hosts, key=lambda h: len(chosen[h.host]) / h.speed)
+    after = {h.host: (len(chosen[h.host]) + 1) / h.speed for h in hosts}
     for source in reversed(by_load):
-        for destination in by_load:
-            if len(chosen[source.host]) - len(chosen[destination.host]) < 2:
+        for destination in sorted(hosts, key=lambda h: after[h.host]):
+            if after[destination.host] >= len(chosen[source.host]) / source.speed:
                 break
             if not _has_room(destination, chosen):
                 continue

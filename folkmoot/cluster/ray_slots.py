@@ -36,7 +36,7 @@ class RaySlots:
         nodes -= set(self._gcs.get_draining_nodes())  # their hosts serve on, but are not counted on any more
         found = {h: tables[p.group].get(p.bundle, "") for h, p in self._places.items() if p.group in tables}
         self._nodes = {host: node for host, node in found.items() if node in nodes}
-        return tuple(HostSlot(h, self._nodes.get(h), self._spec.max_experts_per_host) for h in wish.open_hosts)
+        return tuple(self._slot(host) for host in wish.open_hosts)
 
     def give_back(self, host: str, wish: Wish) -> None:
         """A host has left: without others that are wanted its placement group goes too."""
@@ -48,7 +48,7 @@ class RaySlots:
         """Ray's options for an actor in the host's place."""
         place = self._places[host]
         return {
-            "num_cpus": self._spec.host_cpus,
+            "num_cpus": self._cpus(place.group),
             "num_gpus": self._spec.host_gpus,
             "resources": dict(self._spec.host_resources),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[place.group], place.bundle),
@@ -65,24 +65,36 @@ class RaySlots:
 
     def threads(self, host: str) -> int:
         """The host's share of its node's cores."""
+        if (own := self._spec.host_group(self._places[host].group).cpus) is not None:
+            return max(1, round(own))
         node = self._nodes.get(host)
         cores = {n["NodeID"]: n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"]}
         physical = os.cpu_count() or 1 if len(cores) == 1 else int(cores.get(node, 1))
         return max(1, physical // max(1, Counter(self._nodes.values())[node or ""]))
 
+    def _slot(self, host: str) -> HostSlot:
+        spec, group = self._spec, self._spec.host_group(self._places[host].group)
+        capacity = group.capacity(spec.column_bytes, spec.max_experts_per_host)
+        return HostSlot(host, self._nodes.get(host), capacity, group.speed)
+
+    def _cpus(self, group: int) -> float:
+        """What Ray reserves for each host of a group."""
+        own = self._spec.host_group(group).cpus
+        return self._spec.host_cpus if own is None else own
+
     def _table(self, group: int, size: int) -> dict[int, str]:
         """Bundle -> node, of those that have one."""
         if group not in self._groups:
-            self._groups[group] = self._find(group_name(self._spec, group), size)
+            self._groups[group] = self._find(group, size)
         return dict(placement_group_table(self._groups[group])["bundles_to_node_id"])
 
-    def _find(self, name: str, size: int) -> PlacementGroup:
-        spec = self._spec
+    def _find(self, group: int, size: int) -> PlacementGroup:
+        spec, name = self._spec, group_name(self._spec, group)
         try:
             return ray.util.get_placement_group(name)
         except ValueError:
             bundle = {
-                "CPU": spec.host_cpus,
+                "CPU": self._cpus(group),
                 **({"GPU": spec.host_gpus} if spec.host_gpus else {}),
                 **spec.host_resources,
             }

@@ -202,7 +202,9 @@ def _see_slots(slots: tuple[HostSlot, ...], state: RouterState) -> RouterState:
         host = hosts.get(slot.host, HostState(slot.host, waiting_since_s=state.now_s))
         lost = slot.node is None and host.node is not None
         since_s = state.now_s if lost else host.waiting_since_s
-        hosts[slot.host] = replace(host, node=slot.node, capacity=slot.capacity, waiting_since_s=since_s)
+        hosts[slot.host] = replace(
+            host, node=slot.node, capacity=slot.capacity, speed=slot.speed, waiting_since_s=since_s
+        )
     if state.has_slots and hosts == state.hosts:
         return state
     return replace(state, hosts=MappingProxyType(hosts), has_slots=True)

@@ -78,6 +78,7 @@ class HostState:
     host: str
     node: str | None = None
     capacity: int | None = None
+    speed: float = 1.0
     waiting_since_s: float = 0.0
     """where `node` is None: since when Ray has had no room for it"""
     columns: tuple[int, ...] = ()
@@ -104,7 +105,7 @@ class HostState:
     @property
     def slot(self) -> HostSlot:
         """As placement sees it."""
-        return HostSlot(self.host, self.node, self.capacity)
+        return HostSlot(self.host, self.node, self.capacity, self.speed)
 
     def life(self, incarnation: int) -> Life | None:
         """The life of this incarnation, if it is known."""

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from folkmoot.experts import secret
+from folkmoot.cluster.host_groups import HostGroup
+from folkmoot.experts import expert_dtype, secret
 from folkmoot.gateway.metrics_server import OFF
 
 ROUTER = "ExpertRouter"
@@ -50,6 +51,8 @@ class ClusterSpec:
     placement: str = "spread"
     """"spread" or "pack": how Ray lays expert hosts over nodes"""
     dtype: str = "auto"
+    expert_dtype: str = expert_dtype.CHECKPOINT
+    """what expert hosts quantise their experts to (folkmoot.experts.expert_dtype)"""
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -83,6 +86,10 @@ class ClusterSpec:
     host_gpus: float = 0.0
     max_experts_per_host: int | None = None
     """no host is ever given more; None: any number"""
+    host_groups: tuple[HostGroup, ...] = ()
+    """hosts of several kinds to begin with; empty: all alike"""
+    column_bytes: int = 0
+    """about what one expert of every layer takes in memory"""
     engine_cpus: float = 0.1
     engine_gpus: float = 0.0
     router_resources: Mapping[str, float] = field(default_factory=dict)
@@ -97,6 +104,10 @@ class ClusterSpec:
     """HOST:PORT at which each node answers Prometheus (folkmoot.gateway.metrics_server); "off": nowhere"""
     started_s: float = field(default_factory=time.time)
     """when this cluster was begun: of several on one store the newest takes charge (folkmoot.cluster.charge)"""
+
+    def host_group(self, group: int) -> HostGroup:
+        """What the hosts of a placement group are like: those of `folkmoot up` as it said, others all alike."""
+        return self.host_groups[group] if group < len(self.host_groups) else HostGroup(self.hosts)
 
     @property
     def first_engines(self) -> int:

@@ -1,11 +1,11 @@
 """Where a running cluster is written down: one folder a name, under XDG_STATE_HOME/folkmoot.
 
 <root>/<name>/state.json   phase, supervisor's pid, gateway's address
-<root>/<name>/metrics.json where to scrape, as Prometheus' file_sd_configs reads it
-<root>/prometheus.yml      a configuration for Prometheus that finds these files of all clusters
 <root>/<name>/lock         held by the supervisor for as long as it lives, whatever kills it
 <root>/<name>/logs/        one file a process
 <root>/<name>/store/       the embedded request store's data
+<root>/<name>.metrics.json where to scrape, as Prometheus' file_sd_configs reads it
+<root>/prometheus.yml      a configuration for Prometheus that finds these files of all clusters
 """
 
 import fcntl
@@ -22,7 +22,7 @@ global:
 scrape_configs:
   - job_name: folkmoot
     file_sd_configs:
-      - files: ["*/metrics.json"]
+      - files: ["*.metrics.json"]
         refresh_interval: 10s
 """
 
@@ -153,7 +153,7 @@ class StateFolder:
 
     @property
     def _scrapes(self) -> Path:
-        return self.path / "metrics.json"
+        return self.path.parent / f"{self.name}.metrics.json"
 
 
 def _replace(path: Path, text: str) -> None:

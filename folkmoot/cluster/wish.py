@@ -112,6 +112,7 @@ class Wish:
 
 def first_wish(spec: ClusterSpec) -> Wish:
     """What `folkmoot up` asked for."""
-    groups = (spec.hosts,) if spec.hosts else ()
+    alike = (spec.hosts,) if spec.hosts else ()
+    groups = tuple(group.hosts for group in spec.host_groups) or alike
     limits = None if spec.most_hosts is None else (spec.hosts, spec.most_hosts)
     return Wish(spec.replicas, spec.engines, groups, most_engines=spec.most_engines, host_limits=limits)

@@ -25,6 +25,7 @@ from setproctitle import setproctitle
 from folkmoot import logs
 from folkmoot.experts import native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
+from folkmoot.experts.expert_dtype import CHECKPOINT
 from folkmoot.experts.expert_map import HostAddress
 from folkmoot.experts.greeter import Greeter
 from folkmoot.experts.host_load import Load
@@ -82,6 +83,8 @@ class HostSpec:
     tcp: str | None = None
     """"ip:port" to listen on for engines on other nodes (port 0: any free one); None: not at all"""
     dtype: str = "auto"
+    expert_dtype: str = CHECKPOINT
+    """what the experts are quantised to (expert_dtype.py)"""
     device: str = "cpu"
     threads: int = 1
     yield_us: int = 40
@@ -157,14 +160,20 @@ def _check_alone() -> None:
 
 
 def _content(host: HostSpec) -> tuple[object, ...]:
-    return host.checkpoint, host.dtype, host.device, tuple(sorted((n, tuple(es)) for n, es in host.experts.items()))
+    experts = tuple(sorted((n, tuple(es)) for n, es in host.experts.items()))
+    return host.checkpoint, host.dtype, host.expert_dtype, host.device, experts
 
 
 def _load(host: HostSpec) -> "HostedExperts":
     from folkmoot.experts import vllm_api
 
     return vllm_api.load_experts(
-        Path(host.checkpoint), host.experts, dtype=host.dtype, device=host.device, memory_fd=host.memory_fd
+        Path(host.checkpoint),
+        host.experts,
+        dtype=host.dtype,
+        device=host.device,
+        memory_fd=host.memory_fd,
+        expert_dtype=host.expert_dtype,
     )
 
 

@@ -60,8 +60,8 @@ async def serving(
         else:
             try:
                 await stack.enter_async_context(await _listen(listen, node, said))
-            except OSError as e:
-                raise MetricsAddressTaken(f"cannot listen on {listen}: {e.strerror or e}") from e
+            except (OSError, OverflowError) as e:  # the latter for a port beyond the last one
+                raise MetricsAddressTaken(f"cannot listen on {listen}: {getattr(e, 'strerror', None) or e}") from e
         yield
 
 
@@ -73,15 +73,16 @@ async def offering(name: str, produce: Produce, folder: Path) -> AsyncIterator[N
 
 
 async def _contend(listen: str, node: "_Node", said: Callable[[str], None]) -> None:
-    told = False
+    said_why: set[int | None] = set()
     while True:
         try:
             async with await _listen(listen, node, said) as server:
                 await server.serve_forever()
         except OSError as e:
-            if e.errno != errno.EADDRINUSE and not told:
-                log.warning("no metrics at %s: %s", listen, e)
-                told = True
+            if e.errno not in said_why:
+                level = logging.INFO if e.errno == errno.EADDRINUSE else logging.WARNING
+                log.log(level, "somebody else may answer Prometheus at %s: %s", listen, e)
+                said_why.add(e.errno)
         await asyncio.sleep(RETRY_S)
 
 

@@ -95,17 +95,24 @@ async def serve(
             async with metrics_server.serving(settings.metrics, "gateway", text, settings.metrics_dir, on_metrics):
                 async with batch_runner.running(queue, batches, reader.gateway, settings.default_answer_tokens):
                     await stop.wait()
-                log.info("stopping: streams may finish for %g s", settings.shutdown_s)
                 await tasks.cancel([watching])
-                await _say_ready(checks, False)
-                await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
-                ending = asyncio.create_task(server.stop(settings.shutdown_s + CUT_S))
-                await asyncio.wait((ending,), timeout=settings.shutdown_s)
-                reader.stop()
-                await ending
+                await _end(server, checks, reader, settings.shutdown_s)
     finally:
         await server.stop(0)
         await store.close()
+
+
+async def _end(
+    server: grpc.aio.Server, checks: health.aio.HealthServicer, reader: JournalReader, shutdown_s: float
+) -> None:
+    """Say that no call is taken any more, and let streams finish."""
+    log.info("stopping: streams may finish for %g s", shutdown_s)
+    await _say_ready(checks, False)
+    await _say(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+    ending = asyncio.create_task(server.stop(shutdown_s + CUT_S))
+    await asyncio.wait((ending,), timeout=shutdown_s)
+    reader.stop()
+    await ending
 
 
 def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> int:

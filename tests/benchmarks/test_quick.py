@@ -20,8 +20,13 @@ KEYS = {
         *("requests_failed", "tokens_lost_or_doubled", "tokens_different", "dead_host_gap_p99_ms", "router_gap_ms"),
         *("throughput_retained", "replicas_restored_s"),
     },
+    "cost": {
+        *("int8_memory_ratio", "int4_memory_ratio", "best_cost_ratio", "best_cost_ratio_perplexity_rise"),
+        "tiny_int8_tokens_s_bs8",
+    },
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
     "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
+    "observe": {"metrics_on_over_off", "metrics_and_traces_on_over_off", "metrics_on_over_off_gateway_32"},
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
         *("tokens_different", "from_zero_first_token_s"),

@@ -58,7 +58,8 @@ def main(spec: dict[str, Any], control: Control) -> None:
         return run
 
     kernels = {n: kernel_of(n, es) for n, es in host.experts.items()}
-    server = ExpertServer(host, kernels, {n: len(es) for n, es in host.experts.items()})
+    slots = {n: len(es) for n, es in host.experts.items()}
+    server = ExpertServer(host, kernels, slots, lambda load: control.send({"event": "load", **asdict(load)}))
     address = server.listen()
     exit_with_owner(control)
     control.send({"event": "ready", "address": asdict(address)})

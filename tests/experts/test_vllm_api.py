@@ -93,6 +93,28 @@ def test_any_subset_of_experts_computes_the_same_rows(runs: Runs, folders: Path,
     assert seen["bytes_some"] * 8 * seen["num_layers"] == seen["bytes"] * 4  # 3 + 1 of 8 experts a layer
 
 
+MADE = ["mixtral", "llama4", "llama4_interleaved", "qwen3_moe", "deepseek_v3", "gpt_oss"]
+
+
+@pytest.mark.parametrize(("expert_dtype", "most", "memory"), [("int8", 0.03, 0.53), ("int4", 0.2, 0.30)])
+@pytest.mark.parametrize("architecture", MADE)
+def test_every_architecture_has_its_experts_quantised(
+    runs: Runs, folders: Path, architecture: str, expert_dtype: str, most: float, memory: float
+) -> None:
+    """vLLM's own kernels would take none of them here: no AMX, an input weight, biases, or the wrong routing."""
+    seen = runs.ask("quantised", checkpoint=str(folders / architecture), expert_dtype=expert_dtype)
+    assert seen["distance"] < most < 0.5 < seen["wrong_expert"]
+    assert seen["subset_equals_whole"]
+    assert seen["memory"] <= memory
+
+
+@pytest.mark.slow
+def test_quantised_experts_answer_alike_wherever_they_are(runs: Runs, folders: Path) -> None:
+    seen = runs.ask("hosted", checkpoint=str(folders / "mixtral"), dtype="bfloat16", expert_dtype="int4")
+    assert seen["one_calls"] > 0
+    assert seen["one"] == seen["halves"]
+
+
 def test_wrong_slots_layers_and_experts_are_refused(runs: Runs, folders: Path) -> None:
     messages = runs.ask("refusals", checkpoint=str(folders / "llama4_interleaved"))
     assert "holds 2 experts" in messages["slot_high"]

@@ -213,6 +213,23 @@ def test_hosts_share_pages_and_compute_the_same_rows(bench: Bench, checkpoint: P
         assert memory["Pss"] <= memory["Rss"] / 2
 
 
+@pytest.mark.parametrize("expert_dtype", ["int8", "int4"])
+def test_quantised_experts_are_shared_and_compute_the_same_rows_anywhere(
+    bench: Bench, checkpoint: Path, expert_dtype: str
+) -> None:
+    private = bench.pool(checkpoint, 1, 1, share_weights=False, expert_dtype=expert_dtype)
+    expected = answers(private)
+    private.close()
+    spoil(checkpoint)  # what comes now comes from the cache
+    for num_hosts, replicas in ((2, 2), (4, 1)):
+        pool = bench.pool(checkpoint, num_hosts, replicas, expert_dtype=expert_dtype)
+        assert torch.equal(answers(pool), expected)
+        assert pool.bytes == private.bytes < 0.53 * bench.pool(checkpoint).bytes
+        inodes = {segment_inode(child.pid) for child in pool.children.values()}
+        assert len(inodes) == 1 and None not in inodes
+        assert all(segment_memory(child.pid)["Rss"] > 0 for child in pool.children.values())
+
+
 def test_a_host_started_again_finds_its_experts_without_reading_the_checkpoint(
     bench: Bench, checkpoint: Path, record_property: Callable
 ) -> None:

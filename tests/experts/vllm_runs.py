@@ -90,7 +90,9 @@ def monolithic(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) 
     return generate(load(checkpoint, dtype, **extra), num_tokens)
 
 
-def hosted(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> dict[str, Any]:
+def hosted(
+    checkpoint: str, dtype: str, num_tokens: int = 16, expert_dtype: str = "checkpoint", **extra: Any
+) -> dict[str, Any]:
     """The same with experts outside the model: all on one host, then halves (odd and even) on two."""
     shape = vllm_api.describe(Path(checkpoint))
     dispatcher = InProcessDispatcher([], [])
@@ -99,7 +101,9 @@ def hosted(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) -> d
     results: dict[str, Any] = {"engine": engine_parameters(llm)}
     for name, num_hosts in (("one", 1), ("halves", 2)):
         held = [{layer: range(h, shape.num_experts, num_hosts) for layer in shape.moe_layers} for h in range(num_hosts)]
-        dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), h, dtype=dtype) for h in held]
+        dispatcher.hosts = [
+            vllm_api.load_experts(Path(checkpoint), h, dtype=dtype, expert_dtype=expert_dtype) for h in held
+        ]
         dispatcher.slots = held
         dispatcher.calls = 0
         results[name] = generate(llm, num_tokens)
@@ -197,6 +201,31 @@ def kernel(checkpoint: str, dtype: str) -> dict[str, Any]:
         "bytes_some": some.bytes,
         "direct": part._write is not None,
         "std": rows.float().std().item(),
+    }
+
+
+def quantised(checkpoint: str, expert_dtype: str) -> dict[str, Any]:
+    """Quantised experts of every layer against those of the checkpoint; a subset, and from the cache, against all."""
+    path = Path(checkpoint)
+    shape = vllm_api.describe(path)
+    everything = {n: range(shape.num_experts) for n in shape.moe_layers}
+    exact = vllm_api.load_experts(path, everything)
+    whole = vllm_api.load_experts(path, everything, expert_dtype=expert_dtype)
+    first = shape.moe_layers[0]
+    some = vllm_api.load_experts(path, {first: [5, 2, 7]}, expert_dtype=expert_dtype)  # by now, all are in the cache
+    torch.manual_seed(0)
+    x = torch.randn(64, shape.hidden_size).to(exact.layers[first].dtype)
+    slots = torch.randint(0, 3, (64,), dtype=torch.int32)
+    of_all = torch.tensor([5, 2, 7], dtype=torch.int32)[slots.long()]
+    distances = []
+    for layer in shape.moe_layers:
+        right = exact.layers[layer](x, of_all).float()
+        distances.append(((whole.layers[layer](x, of_all).float() - right).norm() / right.norm()).item())
+    return {
+        "distance": max(distances),
+        "wrong_expert": ((whole.layers[first](x, slots).float() - right).norm() / right.norm()).item(),
+        "subset_equals_whole": torch.equal(some.layers[first](x, slots), whole.layers[first](x, of_all)),
+        "memory": whole.bytes / exact.bytes,
     }
 
 

@@ -82,7 +82,7 @@ async def test_ctrl_c_leaves_the_batch_running_and_twice_cancels_it(
     gateway: str, queue: RequestQueue, batches: AsyncBatches, tmp_path: Path, times: int
 ) -> None:
     (tmp_path / "in.jsonl").write_bytes(text_file([line(i, max_tokens=40) for i in range(200)]))
-    async with EchoEngine(queue, step_s=0.02, room=50):
+    async with EchoEngine(queue, step_s=0.08, room=50) as engine:  # it is not done before Ctrl-C is heard
         process = await start(gateway, "submit", str(tmp_path / "in.jsonl"), "--wait", "--batch-id", "b")
         await until_known(batches)
         await progressed(batches, "b", 1)
@@ -97,6 +97,7 @@ async def test_ctrl_c_leaves_the_batch_running_and_twice_cancels_it(
             process.send_signal(signal.SIGINT)
         await process.communicate()
         assert process.returncode == 130
+        engine.step_s = 0.0
         done = await ended(batches, "b")
     if times == 1:
         assert b"folkmoot batch status b --wait" in said and b"folkmoot batch cancel b" in said

@@ -139,6 +139,9 @@ async def test_an_address_that_cannot_be_had_is_named(stack: AsyncExitStack, tmp
     with pytest.raises(MetricsAddressTaken, match=taken):
         await offer(stack, taken, "other")
     assert await heard(url) == {"one"}
+    for nowhere in ("127.0.0.1:99999", "no.such.host.invalid:9464"):
+        with pytest.raises(MetricsAddressTaken, match=nowhere):
+            await offer(stack, nowhere, "other")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +23,10 @@ import pytest
 from folkmoot.cluster.processes import is_alive
 from folkmoot.gateway.client import Client
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.metrics_server import PATH
 from tests.cluster.conftest import Cluster, eventually, mixtral, processes_of, temp_of
 from tests.gateway.conftest import GatewayProcess
+from tests.gateway.scrapes import Scrape
 from tests.k8s.manifests import built, groups, probes, ray_resources, serve_config
 
 __all__ = ["mixtral"]  # a fixture
@@ -113,6 +116,7 @@ class RayNodes:
 class Service:
     ray: RayNodes
     gateway: GatewayProcess
+    metrics: str
 
     def status(self) -> dict[str, Any]:
         with Client(self.gateway.address) as client:
@@ -125,7 +129,9 @@ def service(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The laptop's config on: a head, two nodes for engines (one is spare), one with room for two expert hosts."""
     config = serve_config(built("laptop"))
     (application,) = config["applications"]
-    application["args"] |= {"model": str(mixtral), "dtype": "float32", "max_model_len": 512}
+    with socket.create_server(("127.0.0.1", 0)) as free:  # the manifest's port may be somebody else's here
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    application["args"] |= {"model": str(mixtral), "dtype": "float32", "max_model_len": 512, "metrics": metrics}
     head, engines, hosts = (
         (int(group["rayStartParams"]["num-cpus"]), ray_resources(group)) for group in groups(built("laptop"))
     )
@@ -137,7 +143,7 @@ def service(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             ray = RayNodes(owner, nodes, config, store.tcp_url)
             gateway = GatewayProcess(store.tcp_url, "folkmoot")
             eventually(lambda: is_running(ray.ask("applications()")), START_S, "both applications run")
-            yield Service(ray, gateway)
+            yield Service(ray, gateway, f"http://{metrics}{PATH}")
         finally:
             if gateway is not None:
                 gateway.kill()
@@ -205,6 +211,15 @@ def test_the_probes_of_rays_pods_are_answered_without_a_token(service: Service) 
         for host, port in agents:
             with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=10.0) as reply:
                 assert reply.status == 200
+
+
+def test_prometheus_hears_of_all_parts_but_gateways_which_have_ports_of_their_own(service: Service) -> None:
+    """All of Ray's nodes are this machine here, so one address speaks for them."""
+    with urllib.request.urlopen(service.metrics, timeout=30.0) as reply:
+        now = Scrape(reply.read().decode())
+    assert now("folkmoot_router_hosts", phase="ready") == 2 and now("folkmoot_engine_generated_tokens_total") >= 240
+    assert now.labels("host") == {"host-0", "host-1"} and now("folkmoot_host_rows_total") > 0
+    assert now.has("vllm:kv_cache_usage_perc") and not now.has("folkmoot_gateway_store_up")
 
 
 def test_the_application_started_again_finds_its_cluster(service: Service) -> None:

@@ -6,7 +6,9 @@ parent that forks either. Each name is imported when it is first used, because i
 
     checkpoint.py  names and headers of a safetensors checkpoint; light
     runtime.py     engine configuration, one-rank world, imports before a fork
-    hosted.py      host side: vLLM's own loader and kernels over a subset of experts
+    loader.py      the model on the meta device, and any experts of it, read by vLLM's own loaders
+    hosted.py      host side: vLLM's own kernels over a subset of experts
+    quantised.py   host side: experts that are quantised while they are loaded, and our own kernels
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
     lanes.py       a scheduler in which batch requests step back for interactive ones
     traces.py      vLLM's own spans

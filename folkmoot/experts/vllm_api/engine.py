@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.utils import extract_layer_index
 
 from folkmoot.experts.vllm_api.checkpoint import is_routed
-from folkmoot.experts.vllm_api.hosted import replaced
+from folkmoot.experts.vllm_api.loader import replaced
 from folkmoot.experts.vllm_api.runtime import rest_groups_of_one
 
 MOE_OPERATORS = ("vllm::moe_forward", "vllm::moe_forward_shared")

@@ -1,9 +1,7 @@
 """The host side: any set of routed experts, loaded by vLLM's own loader and run by vLLM's own kernels.
 
-The whole model is built on the meta device, where it costs nothing, except that each `RoutedExperts` is told that its
-layer has only the experts held here (so layers of one host may hold different numbers of them), and is built on the
-real device. The model's own `load_weights` then gets the tensors of those experts under their local numbers. No code
-here knows any architecture.
+loader.py builds the model and reads experts into it. Experts that are quantised while they are loaded take another way,
+and other kernels (quantised.py).
 
 Weights are private to this process, or lie in the segment that all hosts of a node share (weights.py): then only what
 nobody has loaded yet is loaded, prepared and copied there, and the kernels see the whole layer, read-only.
@@ -11,35 +9,31 @@ nobody has loaded yet is loaded, prepared and copied there, and the kernels see 
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.custom_op import op_registry_oot
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.model_loader.utils import get_model_cls, initialize_model
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import set_default_torch_dtype
 
+from folkmoot.experts.expert_dtype import CHECKPOINT, ON_CPU, ON_CUDA
+from folkmoot.experts.quantised import QuantisedKernel
 from folkmoot.experts.vllm_api.checkpoint import (
     ExpertTensor,
     count_experts,
     describe,
     expert_tensors,
     identity,
-    read_experts,
 )
+from folkmoot.experts.vllm_api.loader import Loader, build
+from folkmoot.experts.vllm_api.quantised import Quantiser, load_quantised
 from folkmoot.experts.vllm_api.runtime import engine_config, prepare_cpu, register_eagerly, world_of_one
 from folkmoot.experts.weights import Layout, SegmentError, WeightSegment
 
 log = logging.getLogger(__name__)
-
-# Names under which Hugging Face configurations keep the number of routed experts.
-_COUNT_NAMES = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 
 
 class LayerKernel:
@@ -102,7 +96,7 @@ class LayerKernel:
 class HostedExperts:
     """The experts one host holds: a kernel a layer, and the bytes of their weights, of which some may be shared."""
 
-    layers: dict[int, LayerKernel]
+    layers: Mapping[int, LayerKernel | QuantisedKernel]
     bytes: int
     shared_bytes: int = 0
 
@@ -114,13 +108,15 @@ def load_experts(
     dtype: str = "auto",
     device: str = "cpu",
     memory_fd: int | None = None,
+    expert_dtype: str = CHECKPOINT,
 ) -> HostedExperts:
     """Load `experts` (logical experts by layer; slot i of a layer is its i-th) of the checkpoint folder.
 
     `dtype` is "auto" (the checkpoint's), "bfloat16", "float16" or "float32". Layers without experts may be left out.
     Only the tensors of these experts are read. `memory_fd` is the memory file of the segment that this node's hosts
-    share; where the kernels' layout does not allow it, weights are private, and the log says so.
-    ValueError for a layer or an expert that the checkpoint does not have.
+    share; where the kernels' layout does not allow it, weights are private, and the log says so. `expert_dtype`: what
+    the experts are quantised to (expert_dtype.py). ValueError for a layer or an expert that the checkpoint does not
+    have, and for experts that cannot be had in that dtype.
     """
     checkpoint = Path(checkpoint)
     tensors = expert_tensors(checkpoint)
@@ -130,10 +126,13 @@ def load_experts(
     register_eagerly(shape.architecture)
     if device == "cpu":
         prepare_cpu()
-    config = engine_config(checkpoint, dtype=dtype)
+    online = ON_CUDA.get(expert_dtype) if device != "cpu" else None
+    config = engine_config(checkpoint, dtype=dtype, quantization=online)
+    if expert_dtype in ON_CPU and device == "cpu" and not config.quant_config:
+        return _quantised(Quantiser(checkpoint, config, shape.moe_layers, dtype), wanted, expert_dtype, memory_fd)
     with set_current_vllm_config(config), world_of_one(), torch.inference_mode():
         counts = {layer: len(wanted.get(layer, ())) for layer in shape.moe_layers}
-        loader = _Loader(config, tensors, *_build(config, counts, torch.device(device)))
+        loader = Loader(config, tensors, *build(config, counts, torch.device(device)))
         is_shared = memory_fd is not None and device == "cpu" and _share(loader, wanted, memory_fd, checkpoint)
         if not is_shared:
             for layer, ids in wanted.items():
@@ -149,27 +148,17 @@ def load_experts(
     return HostedExperts(kernels, size, size if is_shared else 0)
 
 
-@dataclass
-class _Loader:
-    """Loads and prepares experts of one layer at a time, under a current vLLM configuration and a world."""
-
-    config: VllmConfig
-    tensors: Mapping[int, list[ExpertTensor]]
-    model: Any
-    modules: dict[int, Any]
-
-    def load(self, layer: int, experts: Sequence[int]) -> None:
-        """Let the layer hold just these experts, ready to run. Without any, it is ready but for its weights."""
-        module = self.modules[layer]
-        module.hold(len(experts))
-        if experts:
-            with _expert_count(self.config, len(experts)):
-                self.model.load_weights(read_experts(self.tensors[layer], experts))
-        module.quant_method.process_weights_after_loading(module)
-        module._ensure_moe_quant_config_init()
+def _quantised(
+    quantiser: Quantiser, wanted: Mapping[int, Sequence[int]], kind: str, memory_fd: int | None
+) -> HostedExperts:
+    with quantiser, torch.inference_mode():
+        kernels = load_quantised(quantiser, wanted, lambda _layer, _expert: kind, memory_fd)
+    gc.collect()
+    size = sum(k.bytes for k in kernels.values())
+    return HostedExperts(kernels, size, 0 if memory_fd is None else size)
 
 
-def _share(loader: _Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int, checkpoint: Path) -> bool:
+def _share(loader: Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int, checkpoint: Path) -> bool:
     """Run `wanted` from the node's segment, and load there what is missing; whether that can be done."""
     try:
         for layer in loader.modules:
@@ -182,7 +171,7 @@ def _share(loader: _Loader, wanted: Mapping[int, Sequence[int]], memory_fd: int,
     return True
 
 
-def _layout(loader: _Loader, checkpoint: Path) -> Layout:
+def _layout(loader: Loader, checkpoint: Path) -> Layout:
     """Of modules that hold no experts: each parameter must have the experts as its first dimension, here 0."""
     num_experts = count_experts(next(iter(loader.tensors.values())))
     layers = {}
@@ -194,7 +183,7 @@ def _layout(loader: _Loader, checkpoint: Path) -> Layout:
     return Layout(identity(checkpoint), num_experts, layers)
 
 
-def _load_missing(loader: _Loader, wanted: Mapping[int, Sequence[int]], segment: WeightSegment) -> None:
+def _load_missing(loader: Loader, wanted: Mapping[int, Sequence[int]], segment: WeightSegment) -> None:
     """Attach every layer, and load what it lacks.
 
     First the layers at which no other host is loading, then the others: so hosts that start together share the work.
@@ -211,7 +200,7 @@ def _load_missing(loader: _Loader, wanted: Mapping[int, Sequence[int]], segment:
                 left.remove(layer)
 
 
-def _load_into(segment: WeightSegment, loader: _Loader, layer: int, experts: Sequence[int]) -> None:
+def _load_into(segment: WeightSegment, loader: Loader, layer: int, experts: Sequence[int]) -> None:
     """Load experts and copy them into the segment. SegmentError where the kernel does not compute the same from there.
 
     That would be one that keeps more than the module's parameters, of which nothing else could tell.
@@ -256,90 +245,6 @@ def _check_wanted(
         count = count_experts(tensors[layer])
         if min(ids) < 0 or max(ids) >= count or len(set(ids)) != len(ids):
             raise ValueError(f"{checkpoint}: layer {layer} has experts 0..{count - 1}, each to be held once: {ids}")
-
-
-def _build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) -> tuple[Any, dict[int, Any]]:
-    """The model on the meta device, and its RoutedExperts on `device` where `counts` names their layer."""
-    model_class = get_model_cls(config.model_config)  # importing it defines its own subclasses of RoutedExperts
-    modules: dict[int, Any] = {}
-    with (
-        replaced(RoutedExperts, lambda base: _holding(base, counts, device, modules)),
-        set_default_torch_dtype(config.model_config.dtype),
-        torch.device("meta"),
-    ):
-        model = initialize_model(config, model_class=model_class)
-    missing = sorted(set(counts) - set(modules))
-    if missing:
-        raise ValueError(f"{config.model_config.model}: vLLM builds no routed experts in layers {missing}")
-    return model, modules
-
-
-def _holding(
-    base: type[RoutedExperts], counts: Mapping[int, int], device: torch.device, modules: dict[int, Any]
-) -> type[RoutedExperts]:
-    """A subclass of `base` that believes its layer has only the experts held, and stands on the real device.
-
-    It can be made anew for another number of experts by `hold`; `count` changes only what it believes.
-    """
-
-    def __init__(self: Any, layer_name: str, params_dtype: torch.dtype, moe_config: Any, *args: Any, **kw: Any) -> None:
-        layer = extract_layer_index(layer_name)
-        if layer not in counts:
-            base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
-            return
-        kw["apply_router_weight_on_input"] = False  # the dispatcher's side has done it
-
-        def count(num: int) -> None:
-            moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = num
-            self.local_num_experts = self.global_num_experts = num
-
-        def hold(num: int) -> None:
-            count(num)
-            with device, set_default_torch_dtype(params_dtype):
-                base.__init__(self, layer_name, params_dtype, moe_config, *args, **kw)
-            self.count, self.hold = count, hold
-            count(num)
-
-        hold(counts[layer])
-        modules[layer] = self
-
-    return type(base.__name__, (base,), {"__init__": __init__})
-
-
-@contextmanager
-def replaced(root: type[Any], make: Callable[[type[Any]], type[Any]]) -> Iterator[None]:
-    """While open, vLLM builds make(C) for the pluggable layer C = `root`, and each subclass that is defined by now."""
-    before = dict(op_registry_oot)
-    try:
-        for base in family(root):
-            op_registry_oot[base.__name__] = make(base)
-        yield
-    finally:
-        op_registry_oot.clear()
-        op_registry_oot.update(before)
-
-
-def family(root: type[Any]) -> list[type[Any]]:
-    """`root` and all its subclasses that vLLM defines (ours come and go)."""
-    found = [root]
-    for child in root.__subclasses__():
-        if child.__module__.startswith("vllm."):
-            found += family(child)
-    return found
-
-
-@contextmanager
-def _expert_count(config: VllmConfig, count: int) -> Iterator[None]:
-    """While open, the model's configuration says that it has `count` experts: some loaders reshape by that number."""
-    text = config.model_config.hf_text_config
-    before = {name: getattr(text, name) for name in _COUNT_NAMES if isinstance(getattr(text, name, None), int)}
-    try:
-        for name in before:
-            setattr(text, name, count)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(text, name, value)
 
 
 def _direct_kernel(module: RoutedExperts) -> Callable[..., None] | None:

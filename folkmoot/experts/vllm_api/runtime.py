@@ -33,6 +33,7 @@ _HEAVY = (
     "vllm.model_executor.models.mixtral",
     "vllm.tokenizers",
     "folkmoot.experts.vllm_api.hosted",
+    "folkmoot.experts.vllm_api.quantised",
     "folkmoot.experts.vllm_api.engine",
 )
 _HEAVY_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
@@ -61,10 +62,18 @@ def register_eagerly(architecture: str) -> None:
         ModelRegistry.models[architecture] = _RegisteredModel.from_model_cls(entry.load_model_cls())
 
 
-def engine_config(checkpoint: Path, *, dtype: str) -> VllmConfig:
-    """vLLM's configuration for the model in `checkpoint`, eager, without a tokenizer."""
+def engine_config(checkpoint: Path, *, dtype: str, quantization: str | None = None) -> VllmConfig:
+    """vLLM's configuration for the model in `checkpoint`, eager, without a tokenizer.
+
+    `quantization` names one of vLLM's online quantisations; None: as the checkpoint says.
+    """
     arguments = EngineArgs(
-        model=str(checkpoint), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=1
+        model=str(checkpoint),
+        dtype=dtype,
+        quantization=quantization,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_num_seqs=1,
     )
     return arguments.create_engine_config()
 

@@ -1,0 +1,549 @@
+// Experts of 8 and 4 bits a weight, on any processor; quick where it has AVX-512 VNNI.
+//
+// A row is quantised in groups of 32 values to 8 bits, each group with a float32 scale of its own. Products of a group
+// are summed exactly, in 32-bit integers; the groups' sums are scaled and added in float32, in order. So a row's result
+// depends neither on the other rows of a call nor on how the work is cut up, and both paths give the same bits.
+//
+// An expert is one run of bytes ("blob"): w13 | w13 scales | w2 | w2 scales | w13 bias | w2 bias, each part at a
+// multiple of 64. Matrices are cut into blocks of 32 output channels, which lie one after the other; in a block stand,
+// for each 4 inputs, 16 channels' 4 bytes and then the other 16 channels'. In w13 the first 16 are gate channels, the
+// others the up channels that they are multiplied with. 8 bits: a byte is weight + 128, and each channel has a float32
+// scale. 4 bits: the low half of a byte is weight + 8 of one step of 4 inputs, the high half of the next step; each
+// channel has a bfloat16 scale a group of 32 inputs, which stand by block, group and channel.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))  // else clones call what is not of their own target
+
+enum { GROUP = 32, LANES = 16, BLOCK = 32, TILE = 4, STEPS = GROUP / 4, ALIGN = 64 };
+enum { INT4 = 4, INT8 = 8 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { SILU = 0, SWIGLUOAI = 1 };
+#define CANDIDATES 11
+
+// What every expert of a layer has in common.
+struct shape {
+    int32_t hidden, intermediate;
+    int32_t activation, has_bias;
+};
+
+struct parts {
+    int64_t w13, s13, w2, s2, b13, b2, end;
+};
+
+// A call's rows, sorted by expert, in 8 bits: `values` [rows, width], `scales` and `sums` [rows, width / GROUP].
+struct rows8 {
+    int8_t *values;
+    float *scales;
+    int32_t *sums;
+    int64_t width;
+};
+
+static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static int64_t matrix_bytes(int kind, int64_t channels, int64_t inputs) { return channels * inputs * kind / 8; }
+
+static int64_t scale_bytes(int kind, int64_t channels, int64_t inputs) {
+    return kind == INT8 ? channels * 4 : channels * (inputs / GROUP) * 2;
+}
+
+static struct parts parts_of(const struct shape *s, int kind) {
+    int64_t h = up(s->hidden, BLOCK), i = up(s->intermediate, BLOCK);
+    struct parts p = {0};
+    p.s13 = up(matrix_bytes(kind, 2 * i, h), ALIGN);
+    p.w2 = p.s13 + up(scale_bytes(kind, 2 * i, h), ALIGN);
+    p.s2 = p.w2 + up(matrix_bytes(kind, h, i), ALIGN);
+    p.b13 = p.s2 + up(scale_bytes(kind, h, i), ALIGN);
+    p.b2 = p.b13 + (s->has_bias ? up(2 * i * 4, ALIGN) : 0);
+    p.end = p.b2 + (s->has_bias ? up(h * 4, ALIGN) : 0);
+    return p;
+}
+
+int64_t fm_expert_bytes(const struct shape *s, int32_t kind) { return parts_of(s, kind).end; }
+
+INLINE float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint32_t as_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+INLINE uint16_t to_bfloat16(float f) {
+    uint32_t bits = as_bits(f);
+    uint32_t is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return is_nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The nearest integer, ties to even, of a float within 2^22: the low bits of a sum with 1.5 * 2^23.
+INLINE int32_t nearest(float f) { return (int32_t)as_bits(f + 12582912.0f) - 0x4b400000; }
+
+INLINE int32_t clamped(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
+
+// ---- Packing
+
+// Four bits for 32 weights: the scale for which the squared error is least, of several around the one at which the
+// largest weight is just within reach. For given integers q the best scale is <w, q> / <q, q>.
+INLINE float best_scale4(const float *w) {
+    float largest = 0, best = 0, best_gain = 0;
+    for (int i = 0; i < GROUP; i++)
+        if (fabsf(w[i]) > fabsf(largest)) largest = w[i];
+    if (largest == 0) return 0;
+    for (int c = 0; c < CANDIDATES; c++) {
+        float inverse = -(7.3f + 0.15f * (float)c) / largest;
+        float wq[LANES] = {0}, qq[LANES] = {0};
+        for (int half = 0; half < GROUP; half += LANES)
+            for (int l = 0; l < LANES; l++) {
+                float q = (float)clamped(nearest(w[half + l] * inverse), -8, 7);
+                wq[l] += w[half + l] * q;
+                qq[l] += q * q;
+            }
+        for (int n = LANES / 2; n; n /= 2)
+            for (int l = 0; l < n; l++) wq[l] += wq[l + n], qq[l] += qq[l + n];
+        float gain = qq[0] > 0 ? wq[0] * wq[0] / qq[0] : 0;
+        if (gain > best_gain) best_gain = gain, best = wq[0] / qq[0];
+    }
+    return best;
+}
+
+INLINE void put(uint8_t *block, int kind, int64_t vector, int lane, int64_t input, int32_t q) {
+    int64_t step = input / 4;
+    if (kind == INT8)
+        block[((step * 2 + vector) * LANES + lane) * 4 + input % 4] = (uint8_t)(q + 128);
+    else
+        block[((step / 2 * 2 + vector) * LANES + lane) * 4 + input % 4] |= (uint8_t)((q + 8) << (step % 2 * 4));
+}
+
+// One channel's weights into its block; returns the squared error. `width`: inputs with padding.
+CLONES static double pack_channel(const float *w, int64_t inputs, int64_t width, int kind, int64_t vector, int lane,
+                                  uint8_t *block, uint8_t *scales) {
+    float largest = 0, scale = 0;
+    double error = 0;
+    for (int64_t k = 0; k < inputs; k++) largest = fabsf(w[k]) > largest ? fabsf(w[k]) : largest;
+    for (int64_t g = 0; g < width; g += GROUP) {
+        float group[GROUP] = {0};
+        if (g < inputs) memcpy(group, w + g, (size_t)(inputs - g < GROUP ? inputs - g : GROUP) * 4);
+        if (kind == INT8) {
+            scale = largest / 127;
+        } else {
+            uint16_t rounded = to_bfloat16(best_scale4(group));
+            ((uint16_t *)scales)[(g / GROUP * 2 + vector) * LANES + lane] = rounded;
+            scale = as_float((uint32_t)rounded << 16);
+        }
+        float inverse = scale == 0 ? 0 : 1 / scale;
+        for (int i = 0; i < GROUP; i++) {
+            int32_t q = nearest(group[i] * inverse);
+            q = kind == INT8 ? clamped(q, -127, 127) : clamped(q, -8, 7);
+            put(block, kind, vector, lane, g + i, q);
+            error += (double)(group[i] - (float)q * scale) * (group[i] - (float)q * scale);
+        }
+    }
+    if (kind == INT8) ((float *)scales)[vector * LANES + lane] = scale;
+    return error;
+}
+
+// A matrix whose block b has channels b * stride + 0..15 of `first` and of `second` (of which there are so many).
+static double pack_matrix(const float *first, int64_t num_first, const float *second, int64_t num_second,
+                          int64_t stride, int64_t blocks, int64_t inputs, int kind, uint8_t *out, uint8_t *scales) {
+    int64_t width = up(inputs, GROUP), block_bytes = matrix_bytes(kind, BLOCK, width);
+    int64_t block_scales = scale_bytes(kind, BLOCK, width);
+    double error = 0;
+    memset(out, kind == INT8 ? 0x80 : 0, (size_t)(block_bytes * blocks));
+    memset(scales, 0, (size_t)(block_scales * blocks));
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t v = 0; v < 2; v++)
+            for (int l = 0; l < LANES; l++) {
+                int64_t channel = b * stride + l;
+                if (channel >= (v ? num_second : num_first)) continue;
+                error += pack_channel((v ? second : first) + channel * inputs, inputs, width, kind, v, l,
+                                      out + b * block_bytes, scales + b * block_scales);
+            }
+    return error;
+}
+
+static void pack_bias(const float *first, int64_t num_first, const float *second, int64_t num_second, int64_t stride,
+                      int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++)
+        for (int l = 0; l < LANES; l++) {
+            int64_t channel = b * stride + l;
+            out[b * BLOCK + l] = channel < num_first ? first[channel] : 0;
+            out[b * BLOCK + LANES + l] = channel < num_second ? second[channel] : 0;
+        }
+}
+
+// float32: gate and up [intermediate, hidden], down [hidden, intermediate], biases or null. Returns the squared error.
+double fm_pack_expert(const struct shape *s, int32_t kind, const float *gate, const float *up_, const float *down,
+                      const float *gate_bias, const float *up_bias, const float *down_bias, uint8_t *blob) {
+    struct parts p = parts_of(s, kind);
+    int64_t h = s->hidden, i = s->intermediate, blocks13 = up(i, BLOCK) / LANES, blocks2 = up(h, BLOCK) / BLOCK;
+    memset(blob, 0, (size_t)p.end);
+    double error = pack_matrix(gate, i, up_, i, LANES, blocks13, h, kind, blob + p.w13, blob + p.s13);
+    error += pack_matrix(down, h, down + LANES * i, h - LANES, BLOCK, blocks2, i, kind, blob + p.w2, blob + p.s2);
+    if (s->has_bias) {
+        pack_bias(gate_bias, i, up_bias, i, LANES, blocks13, (float *)(blob + p.b13));
+        pack_bias(down_bias, h, down_bias + LANES, h - LANES, BLOCK, blocks2, (float *)(blob + p.b2));
+    }
+    return error;
+}
+
+// ---- Rows to 8 bits
+
+// A group with a value that is not finite gets the scale NaN, and so does all that comes of it.
+CLONES static void quantise_row(const float *x, int64_t width, int8_t *values, float *scales, int32_t *sums) {
+    for (int64_t g = 0; g < width / GROUP; g++, x += GROUP, values += GROUP) {
+        uint32_t largest = 0;
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) {
+            uint32_t bits = as_bits(x[i]) & 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        int is_finite = largest < 0x7f800000;
+        float scale = as_float(largest) / 127;
+        float inverse = is_finite && scale > 1e-37f ? 1 / scale : 0;
+        for (int i = 0; i < GROUP; i++) {
+            int32_t q = is_finite ? nearest(x[i] * inverse) : 0;
+            values[i] = (int8_t)q;
+            sum += q;
+        }
+        scales[g] = is_finite ? scale : NAN;
+        sums[g] = sum;
+    }
+}
+
+CLONES static void to_float(const void *row, int dtype, int64_t num, int64_t width, float *out) {
+    const uint16_t *half = row;
+    if (dtype == FLOAT32)
+        memcpy(out, row, (size_t)num * 4);
+    else if (dtype == BFLOAT16)
+        for (int64_t k = 0; k < num; k++) out[k] = as_float((uint32_t)half[k] << 16);
+    else
+        for (int64_t k = 0; k < num; k++) out[k] = (float)((const _Float16 *)row)[k];
+    for (int64_t k = num; k < width; k++) out[k] = 0;
+}
+
+CLONES static void from_float(const float *values, int64_t num, int dtype, void *out) {
+    if (dtype == FLOAT32)
+        memcpy(out, values, (size_t)num * 4);
+    else if (dtype == BFLOAT16)
+        for (int64_t k = 0; k < num; k++) ((uint16_t *)out)[k] = to_bfloat16(values[k]);
+    else
+        for (int64_t k = 0; k < num; k++) ((_Float16 *)out)[k] = (_Float16)values[k];
+}
+
+// ---- Activation
+
+// exp of what is at most 0, to about 1e-7: 2^n * e^r with |r| <= ln(2) / 2, and e^r by its series up to r^7.
+INLINE float exp_negative(float x) {
+    float bounded = x < -87.0f ? -87.0f : x;
+    float n = bounded * 1.44269504f + 12582912.0f - 12582912.0f;
+    float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, bounded));
+    float e = fmaf(r, 1.98412698e-4f, 1.38888889e-3f);
+    e = fmaf(r, e, 8.33333333e-3f);
+    e = fmaf(r, e, 4.16666667e-2f);
+    e = fmaf(r, e, 1.66666667e-1f);
+    e = fmaf(r, e, 0.5f);
+    e = fmaf(r, e, 1.0f);
+    e = fmaf(r, e, 1.0f);
+    return e * as_float((uint32_t)(nearest(n) + 127) << 23);
+}
+
+INLINE float sigmoid(float x) {
+    float e = exp_negative(-fabsf(x)), inverse = 1 / (1 + e);
+    return x >= 0 ? inverse : e * inverse;
+}
+
+// gate, up [LANES] -> out [LANES]. Comparisons are such that NaN stays.
+CLONES static void activate(const float *gate, const float *up_, int activation, float *out) {
+    if (activation == SILU) {
+        for (int l = 0; l < LANES; l++) out[l] = gate[l] * sigmoid(gate[l]) * up_[l];
+        return;
+    }
+    for (int l = 0; l < LANES; l++) {
+        float g = gate[l] > 7 ? 7 : gate[l], high = up_[l] > 7 ? 7 : up_[l], u = high < -7 ? -7 : high;
+        out[l] = g * sigmoid(1.702f * g) * (u + 1);
+    }
+}
+
+// ---- One block of 32 channels times up to TILE rows
+
+// What a tile is made of: a block's weights and scales, and rows from number `row` on.
+struct tile {
+    const uint8_t *weights, *scales;
+    const struct rows8 *rows;
+    int64_t row, groups;
+    int count, kind;
+};
+
+CLONES static void dot_portable(const struct tile *t, float out[TILE][BLOCK]) {
+    for (int r = 0; r < t->count; r++) {
+        const int8_t *a = t->rows->values + (t->row + r) * t->rows->width;
+        const float *sa = t->rows->scales + (t->row + r) * t->groups;
+        const int32_t *sums = t->rows->sums + (t->row + r) * t->groups;
+        float *f = out[r];
+        for (int c = 0; c < BLOCK; c++) f[c] = 0;
+        for (int64_t g = 0; g < t->groups; g++) {
+            int32_t acc[BLOCK];
+            for (int c = 0; c < BLOCK; c++) acc[c] = -(t->kind == INT8 ? 128 : 8) * sums[g];
+            for (int s = 0; s < STEPS; s++, a += 4) {
+                int64_t step = g * STEPS + s;
+                const uint8_t *w = t->weights + (t->kind == INT8 ? step : step / 2) * BLOCK * 4;
+                int shift = t->kind == INT8 ? 0 : (int)(step % 2 * 4), mask = t->kind == INT8 ? 255 : 15;
+                for (int c = 0; c < BLOCK; c++)
+                    for (int j = 0; j < 4; j++) acc[c] += ((w[c * 4 + j] >> shift) & mask) * a[j];
+            }
+            const uint16_t *sw = (const uint16_t *)t->scales + g * BLOCK;
+            for (int c = 0; c < BLOCK; c++) {
+                float sum = (float)acc[c];
+                if (t->kind == INT4) sum *= as_float((uint32_t)sw[c] << 16);
+                f[c] = fmaf(sum, sa[g], f[c]);
+            }
+        }
+        for (int c = 0; c < BLOCK && t->kind == INT8; c++) f[c] *= ((const float *)t->scales)[c];
+    }
+}
+
+#if defined(__x86_64__)
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define INLINE_VNNI static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+INLINE_VNNI __m512 bfloat16_scales(const uint8_t *at) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
+}
+
+INLINE_VNNI __m512i four(const int8_t *a) {
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
+    return _mm512_set1_epi32(bytes);
+}
+
+// `count` and `kind` are constants where this is inlined, so that all of it stays in registers.
+INLINE_VNNI void dot_tile(const struct tile *t, const int count, const int kind, float out[TILE][BLOCK]) {
+    const struct rows8 *rows = t->rows;
+    const uint8_t *w = t->weights;
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 f[TILE][2];
+    for (int r = 0; r < count; r++) f[r][0] = f[r][1] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < t->groups; g++) {
+        __m512i acc[TILE][2];
+        const int8_t *a = rows->values + t->row * rows->width + g * GROUP;
+        for (int r = 0; r < count; r++) {
+            int32_t sum = rows->sums[(t->row + r) * t->groups + g];
+            acc[r][0] = acc[r][1] = _mm512_set1_epi32(-(kind == INT8 ? 128 : 8) * sum);
+        }
+        for (int s = 0; s < STEPS; s += kind == INT8 ? 1 : 2, w += 2 * 64) {
+            __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+            if (kind == INT4) {
+                __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(w0, 4), low);
+                __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(w1, 4), low);
+                w0 = _mm512_and_si512(w0, low), w1 = _mm512_and_si512(w1, low);
+                for (int r = 0; r < count; r++) {
+                    __m512i b = four(a + r * rows->width + 4 * s + 4);
+                    acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], high0, b);
+                    acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], high1, b);
+                }
+            }
+            for (int r = 0; r < count; r++) {
+                __m512i b = four(a + r * rows->width + 4 * s);
+                acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, b);
+                acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, b);
+            }
+        }
+        for (int v = 0; v < 2; v++) {
+            __m512 sw = kind == INT4 ? bfloat16_scales(t->scales + (g * 2 + v) * LANES * 2) : _mm512_setzero_ps();
+            for (int r = 0; r < count; r++) {
+                __m512 sum = _mm512_cvtepi32_ps(acc[r][v]);
+                if (kind == INT4) sum = _mm512_mul_ps(sum, sw);
+                f[r][v] = _mm512_fmadd_ps(sum, _mm512_set1_ps(rows->scales[(t->row + r) * t->groups + g]), f[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < 2; v++) {
+            __m512 scaled = kind == INT4 ? f[r][v] : _mm512_mul_ps(f[r][v], _mm512_loadu_ps(t->scales + v * 64));
+            _mm512_storeu_ps(out[r] + v * LANES, scaled);
+        }
+}
+
+#define KINDS(count) t->kind == INT8 ? dot_tile(t, count, INT8, out) : dot_tile(t, count, INT4, out)
+
+VNNI static void dot_vnni(const struct tile *t, float out[TILE][BLOCK]) {
+    switch (t->count) {
+        case 1: KINDS(1); break;
+        case 2: KINDS(2); break;
+        case 3: KINDS(3); break;
+        default: KINDS(4); break;
+    }
+}
+#endif
+
+static int use_vnni;
+
+// Whether the quick path is there; `allow` 0 turns it off, for tests.
+int32_t fm_vnni(int32_t allow) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    use_vnni = allow && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
+#else
+    use_vnni = 0 && allow;
+#endif
+    return use_vnni;
+}
+
+static void dot(const struct tile *t, float out[TILE][BLOCK]) {
+#if defined(__x86_64__)
+    if (use_vnni) {
+        dot_vnni(t, out);
+        return;
+    }
+#endif
+    dot_portable(t, out);
+}
+
+// ---- A layer
+
+struct experts {
+    struct shape shape;
+    int32_t num_slots, pad;
+    const uint8_t *const *blobs;  // by slot
+    const uint8_t *kinds;         // INT4 or INT8, by slot
+};
+
+// One expert's rows: sorted rows `begin` to `end`.
+struct segment {
+    const uint8_t *blob;
+    int64_t begin, end;
+    int32_t kind, pad;
+};
+
+struct layer_call {
+    const struct experts *e;
+    const struct segment *segments;
+    const int32_t *order;  // sorted row -> row of the call
+    struct rows8 in, mid;
+    float *inner;  // [rows, intermediate, padded]
+    void *out;
+    int64_t h, i;  // padded
+    int dtype;
+};
+
+static void add_bias(float *values, const float *bias) {
+    for (int c = 0; c < BLOCK; c++) values[c] += bias[c];
+}
+
+static void first_half(const struct layer_call *c, const struct segment *s, int64_t block) {
+    struct parts p = parts_of(&c->e->shape, s->kind);
+    struct tile t = {s->blob + p.w13 + block * matrix_bytes(s->kind, BLOCK, c->h),
+                     s->blob + p.s13 + block * scale_bytes(s->kind, BLOCK, c->h), &c->in, 0, c->h / GROUP, 0, s->kind};
+    for (t.row = s->begin; t.row < s->end; t.row += TILE) {
+        float sums[TILE][BLOCK];
+        t.count = (int)(s->end - t.row < TILE ? s->end - t.row : TILE);
+        dot(&t, sums);
+        for (int r = 0; r < t.count; r++) {
+            if (c->e->shape.has_bias) add_bias(sums[r], (const float *)(s->blob + p.b13) + block * BLOCK);
+            float *inner = c->inner + (t.row + r) * c->i + block * LANES;
+            activate(sums[r], sums[r] + LANES, c->e->shape.activation, inner);
+        }
+    }
+}
+
+static void second_half(const struct layer_call *c, const struct segment *s, int64_t block) {
+    struct parts p = parts_of(&c->e->shape, s->kind);
+    struct tile t = {s->blob + p.w2 + block * matrix_bytes(s->kind, BLOCK, c->i),
+                     s->blob + p.s2 + block * scale_bytes(s->kind, BLOCK, c->i), &c->mid, 0, c->i / GROUP, 0, s->kind};
+    int64_t hidden = c->e->shape.hidden, at = block * BLOCK, num = hidden - at < BLOCK ? hidden - at : BLOCK;
+    int64_t size = c->dtype == FLOAT32 ? 4 : 2;
+    for (t.row = s->begin; t.row < s->end; t.row += TILE) {
+        float sums[TILE][BLOCK];
+        t.count = (int)(s->end - t.row < TILE ? s->end - t.row : TILE);
+        dot(&t, sums);
+        for (int r = 0; r < t.count; r++) {
+            if (c->e->shape.has_bias) add_bias(sums[r], (const float *)(s->blob + p.b2) + at);
+            from_float(sums[r], num, c->dtype, (char *)c->out + (c->order[t.row + r] * hidden + at) * size);
+        }
+    }
+}
+
+// Sort rows by slot: `order`, and the segments. Returns their number, or -1 for a slot out of range.
+static int64_t sort_rows(const struct experts *e, const int32_t *slots, int64_t rows, int32_t *order,
+                         struct segment *segments, int32_t *starts) {
+    int64_t num = 0;
+    memset(starts, 0, (size_t)(e->num_slots + 1) * 4);
+    for (int64_t r = 0; r < rows; r++) {
+        if (slots[r] < 0 || slots[r] >= e->num_slots) return -1;
+        starts[slots[r] + 1]++;
+    }
+    for (int32_t n = 0; n < e->num_slots; n++) {
+        if (starts[n + 1])
+            segments[num++] = (struct segment){e->blobs[n], starts[n], starts[n] + starts[n + 1], e->kinds[n], 0};
+        starts[n + 1] += starts[n];
+    }
+    for (int64_t r = 0; r < rows; r++) order[starts[slots[r]]++] = (int32_t)r;
+    return num;
+}
+
+static char *take(char **at, int64_t bytes) {
+    char *begin = *at;
+    *at += up(bytes, ALIGN);
+    return begin;
+}
+
+static struct rows8 take_rows8(char **at, int64_t rows, int64_t width) {
+    int64_t groups = width / GROUP;
+    return (struct rows8){(int8_t *)take(at, rows * width), (float *)take(at, rows * groups * 4),
+                          (int32_t *)take(at, rows * groups * 4), width};
+}
+
+int64_t fm_scratch_bytes(const struct experts *e, int64_t rows) {
+    int64_t widths = up(e->shape.hidden, BLOCK) + up(e->shape.intermediate, BLOCK);
+    return rows * (6 * widths + 4) + (e->num_slots + 1) * (int64_t)(sizeof(struct segment) + 4) + 16 * ALIGN;
+}
+
+// out[r] = expert slots[r] of x[r], rows of `dtype`; `scratch` has fm_scratch_bytes. 0, or -1 for a slot out of range.
+int32_t fm_run_experts(const struct experts *e, const void *x, const int32_t *slots, void *out, int64_t rows,
+                       int32_t dtype, int32_t threads, char *scratch) {
+    char *at = (char *)up((int64_t)(intptr_t)scratch, ALIGN);
+    int64_t h = up(e->shape.hidden, BLOCK), i = up(e->shape.intermediate, BLOCK), hidden = e->shape.hidden;
+    int32_t *order = (int32_t *)take(&at, rows * 4), *starts = (int32_t *)take(&at, (e->num_slots + 1) * 4);
+    struct segment *segments = (struct segment *)take(&at, e->num_slots * (int64_t)sizeof(struct segment));
+    struct layer_call c = {.e = e, .segments = segments, .order = order, .out = out, .h = h, .i = i, .dtype = dtype};
+    c.in = take_rows8(&at, rows, h);
+    c.mid = take_rows8(&at, rows, i);
+    c.inner = (float *)take(&at, rows * i * 4);
+    float *wide = (float *)take(&at, rows * h * 4);
+    int64_t num = sort_rows(e, slots, rows, order, segments, starts), blocks13 = i / LANES, blocks2 = h / BLOCK;
+    if (num < 0) return -1;
+    int64_t size = dtype == FLOAT32 ? 4 : 2;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            to_float((const char *)x + order[r] * hidden * size, dtype, hidden, h, wide + r * h);
+            quantise_row(wide + r * h, h, c.in.values + r * h, c.in.scales + r * (h / GROUP), c.in.sums + r * (h / GROUP));
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t u = 0; u < num * blocks13; u++) first_half(&c, segments + u / blocks13, u % blocks13);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            quantise_row(c.inner + r * i, i, c.mid.values + r * i, c.mid.scales + r * (i / GROUP),
+                         c.mid.sums + r * (i / GROUP));
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t u = 0; u < num * blocks2; u++) second_half(&c, segments + u / blocks2, u % blocks2);
+    }
+    return 0;
+}
