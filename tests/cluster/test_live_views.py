@@ -143,6 +143,16 @@ def test_a_layer_without_rows_is_cold() -> None:
     assert not heat_view.heat(np.zeros((2, 3))).any()
 
 
+@pytest.fixture
+def started() -> Iterator[list["subprocess.Popen[Any]"]]:
+    """Processes that end with the test, however it ends."""
+    processes: list[subprocess.Popen[Any]] = []
+    yield processes
+    for one in processes:
+        one.kill()
+        one.wait()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Served"]:
     with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
@@ -209,9 +219,10 @@ class Terminal:
         return code
 
 
-def test_watching_the_status_on_a_terminal(served: Served) -> None:
+def test_watching_the_status_on_a_terminal(served: Served, started: list["subprocess.Popen[Any]"]) -> None:
     served.say(document(10.0, rows=1000, tokens=500))
     terminal = Terminal(served.command("status", "--watch", "--every", "0.2"))
+    started.append(terminal.process)
     terminal.until("host-0")
     assert "rows/s" not in terminal.text
     served.say(document(20.0, rows=4000, tokens=1500))
@@ -224,11 +235,14 @@ def test_watching_the_status_on_a_terminal(served: Served) -> None:
     assert "Traceback" not in terminal.text
 
 
-def test_watching_without_a_terminal_prints_blocks(served: Served, tmp_path: Path) -> None:
+def test_watching_without_a_terminal_prints_blocks(
+    served: Served, started: list["subprocess.Popen[Any]"], tmp_path: Path
+) -> None:
     served.say(document(10.0, rows=1000, tokens=500))
     command = served.command("status", "--watch", "--every", "0.2")
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        started.append(process)
         deadline = time.monotonic() + 30.0
         while (text := (tmp_path / "out").read_text()).count("engine-x") < 3:
             assert time.monotonic() < deadline and process.poll() is None, text
@@ -275,10 +289,11 @@ def test_a_view_of_one_layer_names_each_experts_hosts() -> None:
         expert_view.view(console, EXPERTS, 2, False, fits=False)
 
 
-def test_watching_experts_on_a_terminal(served: Served) -> None:
+def test_watching_experts_on_a_terminal(served: Served, started: list["subprocess.Popen[Any]"]) -> None:
     """In colour; Ctrl-C leaves."""
     served.say(document(10.0, rows=1000, tokens=500), EXPERTS)
     terminal = Terminal(served.command("experts", "--watch", "--every", "0.2"))
+    started.append(terminal.process)
     terminal.until("host-1: experts")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.ended() == 0
