@@ -22,7 +22,15 @@ from ray.serve.schema import ApplicationStatus
 from folkmoot.cluster import ray_runtime
 from folkmoot.cluster.cli_common import Span
 from folkmoot.cluster.cli_up import up
-from folkmoot.cluster.launch import StartError, UpOptions, make_spec, resolve_model, short_temp, waiting_for
+from folkmoot.cluster.launch import (
+    StartError,
+    UpOptions,
+    check_experts,
+    make_spec,
+    resolve_model,
+    short_temp,
+    waiting_for,
+)
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.gateway.settings import GatewaySettings
 
@@ -69,6 +77,8 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
                 option.type(arguments[option.name] if most is None else f"{arguments[option.name]}..{most}", option)
             except click.BadParameter as e:
                 raise ValueError(f"{option.name}: {e.message}") from e
+    if options.host_groups and (options.hosts is not None or options.experts_per_host is not None):
+        raise ValueError("host_groups excludes hosts and experts_per_host")
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
     return options
@@ -132,6 +142,7 @@ def wanted_spec(options: AppOptions) -> ClusterSpec:
     path, shape = resolve_model(
         options.model, lambda message, fraction: log.info("%s (%.0f%%)", message, 100 * fraction)
     )
+    check_experts(options, path, shape)
     run_dir = f"{short_temp()}/folkmoot-{secrets.token_hex(4)}"
     spec = make_spec(options, path, shape, redis=redis, run_dir=run_dir, log_dir=f"{run_dir}/logs")
     return replace(
