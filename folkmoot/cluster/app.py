@@ -24,7 +24,7 @@ from folkmoot.cluster.cli_common import Span
 from folkmoot.cluster.cli_up import up
 from folkmoot.cluster.launch import short_temp, waiting_for
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
-from folkmoot.cluster.up_options import StartError, UpOptions, make_spec, resolve_model
+from folkmoot.cluster.up_options import StartError, UpOptions, check_experts, make_spec, resolve_model
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import GatewaySettings
 
@@ -73,6 +73,8 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
                 option.type(arguments[option.name] if most is None else f"{arguments[option.name]}..{most}", option)
             except click.BadParameter as e:
                 raise ValueError(f"{option.name}: {e.message}") from e
+    if options.host_groups and (options.hosts is not None or options.experts_per_host is not None):
+        raise ValueError("host_groups excludes hosts and experts_per_host")
     if options.hosts is not None and options.experts_per_host is not None:
         raise ValueError("hosts and experts_per_host exclude each other")
     host, _, port = options.metrics.rpartition(":")
@@ -140,6 +142,7 @@ def wanted_spec(options: AppOptions) -> ClusterSpec:
     path, shape = resolve_model(
         options.model, lambda message, fraction: log.info("%s (%.0f%%)", message, 100 * fraction)
     )
+    check_experts(options, path, shape)
     run_dir = f"{short_temp()}/folkmoot-{secrets.token_hex(4)}"
     files = {"run_dir": run_dir, "log_dir": f"{run_dir}/logs"}
     spec = make_spec(options, path, shape, redis=redis, metrics=options.metrics, **files)

@@ -24,11 +24,9 @@ from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.up_options import (
     StartError,
     UpOptions,
-    check_expert_dtype,
+    check_experts,
     check_guarded,
-    check_host_groups,
     make_spec,
-    num_hosts_and_replicas,
     resolve_model,
 )
 from folkmoot.cluster.wish import first_wish
@@ -86,9 +84,7 @@ class Supervisor:
         self._start_warm_parent()  # what takes longest comes first
         self._tell("reading the model")
         model_path, shape = resolve_model(self.options.model, self._tell)
-        num_hosts_and_replicas(self.options, shape.num_experts)  # what cannot be is said before the rest is started
-        check_expert_dtype(self.options, model_path)
-        check_host_groups(self.options, shape)
+        check_experts(self.options, model_path, shape)  # what cannot be is said before the rest is started
         files = {"run_dir": str(self._run_dir), "log_dir": str(self.folder.logs)}
         metrics = self._hold_metrics_port()
         self.spec = make_spec(self.options, model_path, shape, redis=self._start_store(), metrics=metrics, **files)

@@ -160,7 +160,14 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
     return num_hosts, replicas
 
 
-def check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
+def check_experts(options: UpOptions, model_path: Path, shape: "ModelShape") -> None:
+    """Raises StartError or PlacementError where experts cannot be had, or placed, as asked for."""
+    num_hosts_and_replicas(options, shape.num_experts)
+    _check_expert_dtype(options, model_path)
+    _check_host_groups(options, shape)
+
+
+def _check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
     """Raises PlacementError where host groups have no room for all experts."""
     if options.host_groups and shape.num_experts:
         size = expert_dtype.column_bytes(shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype)
@@ -168,7 +175,7 @@ def check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
         host_groups.check_fit(options.host_groups, shape.num_experts, options.replicas or 1, size, most)
 
 
-def check_expert_dtype(options: UpOptions, model_path: Path) -> None:
+def _check_expert_dtype(options: UpOptions, model_path: Path) -> None:
     """Raises StartError where the model's experts cannot be had as asked for."""
     amx = expert_dtype.has_amx() if options.address is None else None
     try:

@@ -5,6 +5,7 @@ started.
 """
 
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ def check(
 ) -> None:
     """ValueError where the checkpoint's experts cannot be had in `expert_dtype` on such a device.
 
-    `amx` says whether the processors that run experts have AMX; None: they are of other machines, and not known.
+    `amx` says whether the processors that run experts have AMX; None: that is not known, or they are not x86.
     """
     if expert_dtype not in NAMES:
         raise ValueError(f"--expert-dtype {expert_dtype}: one of {', '.join(NAMES)}")
     config = json.loads((checkpoint / "config.json").read_text())
     has = held(config)
     if expert_dtype in (CHECKPOINT, has):
-        if has == "mxfp4" and device == "cpu" and amx is False:
-            raise ValueError("the experts are mxfp4, for which vLLM has no kernel on a processor without AMX")
+        if has in NAMES and device == "cpu" and amx is False:
+            raise ValueError(f"the experts are {has}, for which vLLM has no kernel on a processor without AMX")
         return
     if has is not None:
         raise ValueError(f"--expert-dtype {expert_dtype}: the checkpoint's experts are quantised already, to {has}")
@@ -86,9 +87,8 @@ def column_bytes(checkpoint_bytes: int, dtype: str, expert_dtype: str) -> int:
     return checkpoint_bytes if most is None else round(checkpoint_bytes * most / (32 if dtype == "float32" else 16))
 
 
-def has_amx() -> bool:
-    """Whether this machine's processor has AMX."""
-    try:
-        return " amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+def has_amx() -> bool | None:
+    """Whether this machine's processor has AMX; None where it is not one that could."""
+    if platform.machine() != "x86_64":
+        return None
+    return " amx_tile" in Path("/proc/cpuinfo").read_text()

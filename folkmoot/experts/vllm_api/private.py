@@ -46,7 +46,10 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         f"{_MOE}.config.FusedMoEConfig",
-        members=("num_experts", "num_local_experts", "num_logical_experts", "hidden_dim", "hidden_dim_unpadded"),
+        members=(
+            *("num_experts", "num_local_experts", "num_logical_experts", "hidden_dim", "hidden_dim_unpadded"),
+            "intermediate_size_per_partition_unpadded",
+        ),
     ),
     PrivateName(
         f"{_MOE}.fused_moe_method_base.FusedMoEMethodBase.apply",
@@ -104,7 +107,11 @@ PRIVATE_NAMES = (
     PrivateName(f"{_STATE}.destroy_model_parallel"),
     PrivateName(f"{_STATE}.destroy_distributed_environment"),
     PrivateName("vllm.engine.arg_utils.EngineArgs.create_engine_config"),
-    PrivateName("vllm.engine.arg_utils.EngineArgs", members=("enforce_eager", "skip_tokenizer_init", "max_num_seqs")),
+    PrivateName(
+        "vllm.engine.arg_utils.EngineArgs",
+        members=("enforce_eager", "skip_tokenizer_init", "max_num_seqs", "quantization"),
+    ),
+    PrivateName(f"{_MOE}.activation.MoEActivation", members=("SILU", "SWIGLUOAI")),
     PrivateName("vllm.config.set_current_vllm_config", ("vllm_config",)),
     PrivateName("vllm.config.CompilationConfig", members=("_attention_ops", "splitting_ops")),
     PrivateName(f"{_MOE}.runner.moe_runner.MoERunner", members=("_select_forward", "_shared_experts")),
