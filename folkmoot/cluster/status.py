@@ -10,7 +10,9 @@ from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import expert_map as maps
 
 
-def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any]) -> dict[str, Any]:
+def document(
+    spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any], balance: dict[str, Any]
+) -> dict[str, Any]:
     """The document: keys are stable, new ones may come. Times are Unix seconds, sizes bytes."""
     missing = maps.missing(state.expert_map)
     return {
@@ -29,6 +31,7 @@ def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: 
             "published": state.is_publishable,
         },
         "autoscaling": scaling,
+        "balance": balance,
         "healing": [asdict(trouble) for trouble in troubles(state)],
         "hosts": [_host(h, state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
         "engines": [
@@ -53,6 +56,7 @@ def _host(host: HostState, state: RouterState) -> dict[str, Any]:
         "actor_pid": life.actor_pid,
         "incarnation": life.incarnation,
         "experts": list(life.columns),
+        "extra_replicas": len(life.extras),
         "bytes": life.bytes,
         "shared_bytes": life.shared_bytes,
         "load_s": round(life.load_s, 3),

@@ -64,6 +64,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
             console.print(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip(), markup=False)
     else:
         console.print("a dense model: no expert hosts")
+    if (balance := document["balance"])["on"]:
+        console.print(_balance_line(balance), markup=False)
     if (scaling := document["autoscaling"])["least"] != scaling["most"]:
         console.print(_scaling_line(scaling), markup=False)
     console.print(_engines_table(document["engines"]))
@@ -116,6 +118,12 @@ def _lanes_table(lanes: dict[str, dict[str, Any]]) -> Table:
 def _scaling_line(facts: dict[str, Any]) -> str:
     line = f"engines {facts['least']} to {facts['most']}, {facts['wanted']} wanted: {facts['reason']}"
     return line + ("" if facts["late_s"] is None else "; a deadline cannot be met with the most engines")
+
+
+def _balance_line(facts: dict[str, Any]) -> str:
+    even = facts["busiest_over_even"]
+    measured = "" if even is None else f", busiest host {even:g} of an even share"
+    return f"balance: {facts['extra_replicas']} extra replicas{measured}; {facts['reason']}"
 
 
 def _engines_table(engines: list[dict[str, Any]]) -> Table:

@@ -28,7 +28,7 @@ class Hop:
         self.done, self.rows = np.zeros(pairs, np.uint8), np.zeros(pairs, np.uint64)
         self.host, self.row = np.zeros(pairs, np.int32), np.zeros(pairs, np.int32)
         self.factors, self.served = np.zeros(pairs, np.float32), np.zeros(experts, np.int64)
-        self.scratch, self.cost = np.zeros(2 * experts, np.int32), np.zeros(links, np.int64)
+        self.scratch, self.cost = np.zeros(experts * (1 + replicas), np.int32), np.zeros(links, np.int64)
         columns = {name: getattr(self, name).ctypes.data for name in (
             "x", "ids", "weights", "table", "done", "host", "row", "rows", "factors", "served", "scratch", "cost"
         )}  # fmt: skip
