@@ -12,13 +12,15 @@ taken, with its hosts named such that as much as possible is where it was.
 (((0, 2, 1), (0, 3)),)
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
+from folkmoot.cluster.balance_flow import relieve
 from folkmoot.cluster.balance_layer import Hosts, Layer
 from folkmoot.cluster.balance_match import matched
 from folkmoot.cluster.balance_pack import bound, pack, replica_counts
@@ -27,7 +29,7 @@ from folkmoot.cluster.balance_window import fill
 
 TOLERANCE = 0.01
 """As part of the bound: a layer that is no further above it is left alone."""
-AIM = 0.003
+AIM = 0.005
 """... and one that is mended is brought this near."""
 MOST_MOVED = 4
 """Mending moves at most this fraction (one in so many) of the replicas; beyond, a placement from nothing is as good."""
@@ -102,7 +104,7 @@ def balance(
 def _check(rows: Sequence[float], hosts: Hosts, held: HeldLayer, pinned: Sequence[AbstractSet[int]]) -> None:
     if len(held) != len(hosts.slots) or len(pinned) != len(hosts.slots):
         raise ValueError(f"{len(held)} hosts hold and {len(pinned)} pin experts, of {len(hosts.slots)}")
-    if (most := sum(min(slots, len(rows)) for slots in hosts.slots)) < len(rows):
+    if (most := _room(rows, hosts)) < len(rows):
         raise ValueError(f"{len(rows)} experts do not fit: hosts have slots for {most} replicas")
     for h, (experts, pins, slots) in enumerate(zip(held, pinned, hosts.slots, strict=True)):
         if len(set(experts) | pins) > slots:
@@ -113,18 +115,19 @@ def _plan(
     rows: Sequence[float], hosts: Hosts, held: HeldLayer, pinned: Sequence[AbstractSet[int]], tolerance: float
 ) -> LayerPlan:
     """What is aimed at: near the bound, where so many experts may be split that it can be reached (balance_window.py);
-    else what the greedy placement reaches."""
-    least = bound(rows, hosts)
-    layer = _as_it_is(rows, hosts, held, pinned)
+    else what the greedy placement reaches. Nothing is left alone that is worse than the greedy one as EPLB has it."""
+    least, layer = bound(rows, hosts), _as_it_is(rows, hosts, held, pinned)
+    greedy, ceiling = _greedy(rows, hosts, pinned)
+    spare = _room(rows, hosts) - len(rows)
+    target = least * (1 + AIM) if spare >= len(hosts.slots) - 1 else max(least * (1 + AIM), greedy.busiest)
+    ceiling = max(ceiling, least)
+    target, good = min(target, ceiling), min(target * (1 + tolerance), ceiling)
     is_whole = all(layer.where)
-    spare = sum(min(slots, len(rows)) for slots in hosts.slots) - len(rows)
-    greedy = None if spare >= len(hosts.slots) - 1 else _greedy(rows, hosts, pinned)
-    target = max(least * (1 + AIM), greedy.busiest if greedy is not None else 0.0)
-    is_good = is_whole and not layer.relieve(target * (1 + tolerance))
+    is_good = is_whole and not relieve(layer, good)
     before = layer.busiest if is_whole else float("inf")
     if not is_good and not (is_whole and repair(layer, target, sum(hosts.slots) // MOST_MOVED)):
-        fresh = _fresh(rows, hosts, pinned, target, greedy or _greedy(rows, hosts, pinned))
-        if not is_whole or layer.busiest > fresh.busiest * (1 + tolerance):
+        fresh = _fresh(rows, hosts, pinned, target, greedy)
+        if not is_whole or layer.busiest > max(fresh.busiest, min(fresh.busiest * (1 + tolerance), ceiling)):
             layer = matched(fresh, held)
     after = tuple(tuple(sorted(experts)) for experts in layer.on)
     moves = sum(len(set(now) - set(was)) for now, was in zip(after, held, strict=True))
@@ -134,21 +137,34 @@ def _plan(
 def _as_it_is(rows: Sequence[float], hosts: Hosts, held: HeldLayer, pinned: Sequence[AbstractSet[int]]) -> Layer:
     """The present placement, with these loads."""
     places = [set(experts) | pins for experts, pins in zip(held, pinned, strict=True)]
-    counts = [max(1, sum(e in place for place in places)) for e in range(len(rows))]
-    layer = Layer(rows, hosts, [{e: rows[e] / counts[e] for e in place} for place in places], pinned)
+    layer = _evenly(rows, hosts, places, pinned)
     layer.split_all()
     return layer
 
 
-def _greedy(rows: Sequence[float], hosts: Hosts, pinned: Sequence[AbstractSet[int]]) -> Layer:
-    """As EPLB would place it (with pins: what is pinned, and nothing else), its rows split."""
+def _greedy(rows: Sequence[float], hosts: Hosts, pinned: Sequence[AbstractSet[int]]) -> tuple[Layer, float]:
+    """As EPLB would place it (with pins: what is pinned, and nothing else), its rows split; and the busiest host's time
+    as EPLB has it, which splits an expert's rows evenly."""
     if any(pinned):
-        return _as_it_is(rows, hosts, [()] * len(hosts.slots), pinned)
-    counts = replica_counts(rows, sum(hosts.slots), sum(slots > 0 for slots in hosts.slots))
-    placed = [{e: rows[e] / counts[e] for e in experts} for experts in pack(rows, hosts, counts)]
-    layer = Layer(rows, hosts, placed, pinned)
+        return _as_it_is(rows, hosts, [()] * len(hosts.slots), pinned), float("inf")
+    wanted = replica_counts(rows, _room(rows, hosts), sum(slots > 0 for slots in hosts.slots))
+    layer = _evenly(rows, hosts, pack(rows, hosts, wanted), pinned)
+    evenly = layer.busiest
     layer.split_all()
-    return layer
+    return layer, evenly
+
+
+def _room(rows: Sequence[float], hosts: Hosts) -> int:
+    """Replicas that fit."""
+    return sum(min(slots, len(rows)) for slots in hosts.slots)
+
+
+def _evenly(
+    rows: Sequence[float], hosts: Hosts, places: Sequence[Collection[int]], pinned: Sequence[AbstractSet[int]]
+) -> Layer:
+    """The experts of each host, and each expert's rows split evenly."""
+    counts = Counter(e for place in places for e in place)
+    return Layer(rows, hosts, [{e: rows[e] / counts[e] for e in place} for place in places], pinned)
 
 
 def _fresh(

@@ -4,7 +4,6 @@ A host's *time* is its rows over its speed: the layer is finished when the host 
 in place, on plain lists and dictionaries, which for a few rows each are quicker than arrays.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -97,47 +96,6 @@ class Layer:
         """Split every expert's rows anew, each once."""
         for e in range(len(self.rows)):
             self.split(e)
-
-    def relieve(self, target: float) -> set[int]:
-        """Shift rows between replicas from hosts with more time than `target` to others, over any number of hosts in
-        between, as far as it goes. Where some have more all the same: those, and all to which they could shift rows.
-
-        A maximum flow by augmenting paths: a phase looks breadth-first from all hosts that have too much, and pushes
-        along the path to each host found that has too little.
-        """
-        while over := [h for h, time in enumerate(self.time) if time > target * (1 + EXACT)]:
-            came_from: dict[int, tuple[int, int] | None] = dict.fromkeys(over)
-            pushed = 0.0
-            queue = deque(over)
-            while queue:
-                h = queue.popleft()
-                for e, rows in list(self.on[h].items()):
-                    if rows <= 0.0 or len(self.where[e]) < 2:
-                        continue
-                    for g in self.where[e]:
-                        if g not in came_from:
-                            came_from[g] = h, e
-                            queue.append(g)
-                            pushed += self._push(g, came_from, target)
-            if pushed <= EXACT * target * self.hosts.speed[over[0]]:
-                return set(came_from)
-        return set()
-
-    def _push(self, sink: int, came_from: Mapping[int, tuple[int, int] | None], target: float) -> float:
-        """Along the path that leads to `sink`, as many rows as it and all between can pass on; how many."""
-        rows, speed = (target - self.time[sink]) * self.hosts.speed[sink], self.hosts.speed
-        path, h = [], sink
-        while rows > 0.0 and (step := came_from[h]) is not None:
-            path.append((step[0], h, step[1]))
-            h = step[0]
-            rows = min(rows, self.on[h][step[1]])
-        rows = min(rows, (self.time[h] - target) * speed[h])
-        if rows <= 0.0:
-            return 0.0
-        for source, destination, e in path:
-            self.give(e, source, -rows)
-            self.give(e, destination, rows)
-        return rows
 
     @property
     def busiest(self) -> float:

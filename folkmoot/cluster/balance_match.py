@@ -48,7 +48,8 @@ def _groups(hosts: Hosts, kept: np.ndarray) -> list[tuple[list[int], list[int]]]
         everywhere = list(range(len(hosts.slots)))
         return _alike(hosts, everywhere, everywhere)
     members = list(nodes.values())
-    gain = np.array([[_most_kept(kept[np.ix_(a, b)]) for b in members] for a in members])
+    belongs = np.array([[h in node for h in range(len(hosts.slots))] for node in map(set, members)], np.float32)
+    gain = belongs @ kept @ belongs.T
     return [group for a, b in _assign(gain) for group in _alike(hosts, members[a], members[b])]
 
 
@@ -61,11 +62,6 @@ def _assign(gain: np.ndarray) -> list[tuple[int, int]]:
         left[:, column] = -1.0
         pairs.append((row, column))
     return pairs
-
-
-def _most_kept(kept: np.ndarray) -> float:
-    """About as much as can be kept: each host's best place, whoever else wants it."""
-    return float(kept.max(axis=1).sum())
 
 
 def _alike(hosts: Hosts, sources: Sequence[int], places: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -56,7 +56,7 @@ def replica_counts(rows: Sequence[float], slots: int, most: int) -> list[int]:
 
 def pack(rows: Sequence[float], hosts: Hosts, counts: Sequence[int]) -> list[list[int]]:
     """The experts of each host: each replica on the host that is then finished first, the largest first, and no two of
-    an expert on one host. Raises ValueError where they do not fit."""
+    an expert on one host: one that fits nowhere is left out, unless it is an expert's only one."""
     packing = _Packing(hosts)
     for e in sorted(range(len(rows)), key=lambda e: -rows[e] / counts[e]):
         for _ in range(counts[e]):
@@ -91,14 +91,20 @@ class _Packing:
             self._make_room(e)
 
     def _top(self, speed: float, e: int, passed: list[tuple[float, int]]) -> tuple[float, int] | None:
-        """The host of this speed with the least time that does not hold e; those before it are moved to `passed`."""
+        """The host of this speed with the least time that has room and does not hold e; those before it that do are
+        moved to `passed`."""
         heap = self._heaps[speed]
-        while heap and e in self.held[heap[0][1]]:
-            passed.append(heapq.heappop(heap))
-        return heap[0] if heap else None
+        while heap:
+            is_full = len(self.held[heap[0][1]]) >= self._hosts.slots[heap[0][1]]
+            if not is_full and e not in self.held[heap[0][1]]:
+                return heap[0]
+            entry = heapq.heappop(heap)
+            passed += [] if is_full else [entry]
+        return None
 
     def _make_room(self, e: int) -> None:
-        """All hosts with a free slot hold e already: one of them takes an expert over from a host without e."""
+        """All hosts with a free slot hold e already: one of them takes an expert over from a host without e. Where none
+        can, e has a replica fewer."""
         for taker, taken in enumerate(self.held):
             if len(taken) >= self._hosts.slots[taker]:
                 continue
@@ -109,4 +115,3 @@ class _Packing:
                     given.append(e)
                     taken.append(movable[-1])
                     return
-        raise ValueError(f"no host has room for another replica of expert {e}")
