@@ -3,7 +3,7 @@
 Made-up traffic (Zipf of several exponents, bursts, drift, correlated topics) on 61 x 256, 24 x 128 and 48 x 16 experts
 and 8 to 288 hosts, six steps each. In each step both decide anew by the step's rows; ours begins with what it decided
 before. Measured: the sum over layers of the busiest host's rows (over that of an even share, of EPLB, and of the
-bound), replicas that have to be loaded, and seconds to decide. With --trace also rows that `folkmoot experts --record`
+bound), replicas that have to be loaded, and seconds of a core to decide. With --trace also rows that `folkmoot experts --record`
 wrote.
 
 Live: a real cluster in which one expert of each layer gets all rows; tokens/s before and after it has extra replicas.
@@ -80,9 +80,9 @@ def run_case(name: str, shape: tuple[int, int, int, int], trace: Iterable[np.nda
     held: Sequence[HeldLayer] | None = None
     eplb_held: list[list[list[int]]] | None = None
     for step, loads in enumerate(trace):
-        began = time.perf_counter()
+        began = time.process_time()
         plan = balance(loads, where, held)
-        case.seconds.append(time.perf_counter() - began)
+        case.seconds.append(time.process_time() - began)
         placed = [eplb_global(rows, hosts, slots) for rows in loads]
         eplb = sum(time_of_busiest(rows, one) for rows, one in zip(loads, placed, strict=True))
         bound = sum(layer.bound for layer in plan.layers)
