@@ -3,8 +3,8 @@
 Made-up traffic (Zipf of several exponents, bursts, drift, correlated topics) on 61 x 256, 24 x 128 and 48 x 16 experts
 and 8 to 288 hosts, six steps each. In each step both decide anew by the step's rows; ours begins with what it decided
 before. Measured: the sum over layers of the busiest host's rows (over that of an even share, of EPLB, and of the
-bound), replicas that have to be loaded, and seconds of a core to decide. With --trace also rows that `folkmoot experts --record`
-wrote.
+bound), replicas that have to be loaded, and seconds of a core to decide. With --trace also rows that
+`folkmoot experts --record` wrote.
 
 Live: a real cluster in which one expert of each layer gets all rows; tokens/s before and after it has extra replicas.
 

@@ -147,7 +147,8 @@ def test_rows_are_levelled_over_replicas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "cost", "expected"), [(64, 16, [22, 22, 20]), (32, 16, [16, 16, 0]), (31, 16, [31, 0, 0]), (3, 0, [1, 1, 1])]
+    ("rows", "cost", "expected"),
+    [(64, 16, [22, 22, 20]), (32, 16, [16, 16, 0]), (31, 16, [31, 0, 0]), (3, 0, [1, 1, 1])],
 )
 def test_one_experts_rows_are_split_where_that_pays(rows: int, cost: int, expected: list[int]) -> None:
     """A replica takes part if it gets at least as many rows as reading the weights costs."""
@@ -156,7 +157,7 @@ def test_one_experts_rows_are_split_where_that_pays(rows: int, cost: int, expect
     assert hop.begin() == 0
     assert sorted((link.rows for link in hop.links), reverse=True) == expected
     for i, slot in enumerate((5, 6, 7)):
-        assert set(hop.request(i)[1].tolist()) <= {slot}
+        assert not hop.links[i].rows or set(hop.request(i)[1].tolist()) == {slot}
 
 
 def test_a_busy_host_gets_fewer_of_a_hot_experts_rows() -> None:
