@@ -225,6 +225,28 @@ def _checked_groups(
     "The last replica of an expert is given 10 s",
 )
 @click.option(
+    "--rebalance",
+    type=click.Choice(["off", "on"]),
+    default="on" if UpOptions.rebalance else "off",
+    show_default=True,
+    help="give hot experts extra replicas on hosts that are less busy, while requests run (docs/balance.md)",
+)
+@click.option(
+    "--spare-experts",
+    type=click.IntRange(1),
+    default=UpOptions.spare_experts,
+    show_default=True,
+    metavar="K",
+    help="with --rebalance: extra replicas that a host may hold in each layer, beyond its experts",
+)
+@click.option(
+    "--load-half-life-s",
+    type=click.FloatRange(0.5, 86400.0),
+    default=UpOptions.load_half_life_s,
+    show_default=True,
+    help="after so long rows count half in the load of an expert; balance is looked at twice in that time",
+)
+@click.option(
     "--no-replica-timeout-s",
     type=click.FloatRange(0.1),
     default=UpOptions.no_replica_timeout_s,
@@ -296,7 +318,7 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
     for name in ("engines", "hosts"):
         if (span := options[name]) is not None:
             options |= {name: span.least, f"most_{name}": None if span.least == span.most else span.most}
-    chosen = UpOptions(**options)
+    chosen = UpOptions(**{**options, "rebalance": options["rebalance"] == "on"})
     if chosen.hosts is not None and chosen.experts_per_host is not None:
         raise click.UsageError("--hosts and --experts-per-host exclude each other")
     if chosen.host_groups and (options["hosts"] is not None or chosen.experts_per_host is not None):

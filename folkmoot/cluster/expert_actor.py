@@ -18,10 +18,10 @@ import ray
 
 from folkmoot import logs
 from folkmoot.cluster import environment, metrics_hosts, metrics_node
-from folkmoot.cluster.host_template import Template
+from folkmoot.cluster.host_template import Holding, Template
 from folkmoot.cluster.metrics_hosts import HostFigures, Usage
 from folkmoot.cluster.node_agent import warm_parent
-from folkmoot.cluster.placement import as_placement
+from folkmoot.cluster.placement import Extra, as_placement
 from folkmoot.cluster.router_events import HostForked, HostLoad, HostReady
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.experts.expert_map import HostAddress
@@ -49,7 +49,7 @@ class _Process:
 
     forked: HostForked
     child: Child
-    threads: int
+    holding: Holding
     ready: "asyncio.Future[HostReady]"
     closed: "asyncio.Future[str]"
     load: dict[str, Any] = field(default_factory=dict)
@@ -78,15 +78,18 @@ class ExpertActor:
         self._template = Template(self._fork_template)
         self._metrics = asyncio.create_task(metrics_node.keep_serving(spec, f"actor-{os.getpid()}", self._text))
 
-    async def start(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> HostForked:
+    async def start(
+        self, host: str, incarnation: int, columns: Sequence[int], extras: Sequence[Extra], threads: int
+    ) -> HostForked:
         """Fork a life of this host, which loads its experts unless a template has. Raises WarmParentError."""
         self._host, self._log = host, self._spec.log(host)
         logs.set_up("expert-actor", host=host)
-        child = await self._fork_life(self._host_spec(host, incarnation, columns, threads), columns, threads)
+        holding = Holding(tuple(columns), tuple(extras), threads)
+        child = await self._fork_life(self._host_spec(host, incarnation, holding), holding)
         loop = asyncio.get_running_loop()
         log.info("process %d is incarnation %d", child.pid, incarnation)
-        forked = HostForked(host, incarnation, tuple(columns), child.pid, os.getpid())
-        process = _Process(forked, child, threads, loop.create_future(), loop.create_future())
+        forked = HostForked(host, incarnation, holding.columns, child.pid, os.getpid(), holding.extras)
+        process = _Process(forked, child, holding, loop.create_future(), loop.create_future())
         self._processes[incarnation] = process
         threading.Thread(target=self._watch, args=(process, loop), name="host-watch", daemon=True).start()
         return forked
@@ -110,8 +113,8 @@ class ExpertActor:
         lives = tuple(p.ready.result() if _has_result(p.ready) else p.forked for p in living)
         return Description(self._host, ray.get_runtime_context().get_node_id(), lives)
 
-    async def _fork_life(self, host_spec: dict[str, Any], columns: Sequence[int], threads: int) -> Child:
-        template = self._template.parent(columns, threads)
+    async def _fork_life(self, host_spec: dict[str, Any], holding: Holding) -> Child:
+        template = self._template.parent(holding)
         if template is not None:
             try:
                 return await asyncio.to_thread(template.spawn, HOST, host_spec, self._log, TEMPLATE_TIMEOUT_S)
@@ -123,9 +126,9 @@ class ExpertActor:
         parent = await warm_parent(self._spec)
         return await asyncio.to_thread(parent.spawn, entry, host_spec, self._log, memory=self._memory())
 
-    async def _fork_template(self, columns: Sequence[int], threads: int) -> tuple[Child, WarmParent]:
+    async def _fork_template(self, holding: Holding) -> tuple[Child, WarmParent]:
         assert self._host is not None
-        host_spec = self._host_spec(self._host, TEMPLATE, columns, threads)
+        host_spec = self._host_spec(self._host, TEMPLATE, holding)
         child = await self._fork("folkmoot.experts.host:template", host_spec)
         return child, WarmParent(Path(host_spec["unix_path"]))
 
@@ -134,21 +137,21 @@ class ExpertActor:
             raise ExpertHostError(f"its process is gone (log: {self._log})")
         return self._processes[incarnation]
 
-    def _host_spec(self, host: str, incarnation: int, columns: Sequence[int], threads: int) -> dict[str, Any]:
+    def _host_spec(self, host: str, incarnation: int, holding: Holding) -> dict[str, Any]:
         """The fields of `folkmoot.experts.host.HostSpec`, which is not imported here since it brings torch."""
         spec = self._spec
         return {
             "host": host,
             "incarnation": incarnation,
             "checkpoint": spec.model_path,
-            "experts": as_placement(columns, spec.moe_layers),
+            "experts": as_placement(holding.columns, spec.moe_layers, holding.extras),
             "unix_path": str(self._socket(host, incarnation)),
             "secret_file": str(spec.secret_file),
             "tcp": self._tcp(),
             "dtype": spec.dtype,
             "expert_dtype": spec.expert_dtype,
             "device": spec.device,
-            "threads": threads,
+            "threads": holding.threads,
         }
 
     def _memory(self) -> str | None:
@@ -202,6 +205,7 @@ class ExpertActor:
             int(message["bytes"]),
             float(message["load_s"]),
             int(message["shared_bytes"]),
+            forked.extras,
         )
 
     async def _text(self) -> bytes:
@@ -225,7 +229,7 @@ class ExpertActor:
         """On the event loop: a life is up."""
         process.ready.set_result(ready)
         if self._spec.templates:
-            self._template.want(ready.columns, process.threads)
+            self._template.want(process.holding)
 
     def _ended(self, process: _Process, reason: str) -> None:
         """On the event loop: whoever waits hears of it."""

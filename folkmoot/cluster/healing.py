@@ -55,7 +55,10 @@ def is_settled(state: RouterState) -> bool:
 def _is_settled(host: HostState) -> bool:
     if not host.columns:
         return not host.lives
-    return len(host.lives) == 1 and host.serving is not None and host.serving.columns == host.columns
+    life = host.serving
+    if len(host.lives) != 1 or life is None:
+        return False
+    return life.columns == host.columns and life.extras == host.extras_beside(host.columns)
 
 
 def _of_host(host: HostState, state: RouterState) -> Trouble | None:
@@ -63,7 +66,9 @@ def _of_host(host: HostState, state: RouterState) -> Trouble | None:
     if phase == "ready":
         if host.pending is None:
             return None
-        return Trouble(host.host, "changing", f"a successor with experts {list(host.pending.columns)} takes over")
+        more = f" and {len(host.pending.extras)} extra replicas" if host.pending.extras else ""
+        text = f"a successor with experts {list(host.pending.columns)}{more} takes over"
+        return Trouble(host.host, "changing", text)
     if not host.columns and phase == "gone":
         return None  # it ought to hold nothing
     return Trouble(host.host, phase, _why(host, phase, state))

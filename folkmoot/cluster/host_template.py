@@ -7,9 +7,10 @@ milliseconds, and little is computed at the very moment in which the other hosts
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
+from folkmoot.cluster.placement import Extra
 from folkmoot.experts.warm import Child, WarmParent, WarmParentError
 
 log = logging.getLogger(__name__)
@@ -18,8 +19,13 @@ LOAD_TIMEOUT_S = 600.0
 PAUSE_S = 2.0
 """Before a template is made: a new life, and whoever makes up for the old one, go first."""
 
-Holding: TypeAlias = tuple[tuple[int, ...], int]
-"""What a host holds, and with how many threads it computes."""
+
+class Holding(NamedTuple):
+    """What a host holds, and with how many threads it computes."""
+
+    columns: tuple[int, ...]
+    extras: tuple[Extra, ...]
+    threads: int
 
 
 class Template:
@@ -29,30 +35,29 @@ class Template:
     (`folkmoot.experts.host.template`).
     """
 
-    def __init__(self, fork: Callable[[Sequence[int], int], Awaitable[tuple[Child, WarmParent]]]) -> None:
+    def __init__(self, fork: Callable[[Holding], Awaitable[tuple[Child, WarmParent]]]) -> None:
         self._fork = fork
         self._holding: Holding | None = None
         self._loaded: tuple[Child, WarmParent] | None = None
         self._making: asyncio.Task[None] | None = None
 
-    def want(self, columns: Sequence[int], threads: int) -> None:
-        """From now on have one that holds these columns, and make another one where it dies."""
-        holding = (tuple(columns), threads)
+    def want(self, holding: Holding) -> None:
+        """From now on have one that holds this, and make another one where it dies."""
         if self._holding != holding:
             self._drop()
             self._holding = holding
             self._making = asyncio.create_task(self._make(holding))
 
-    def parent(self, columns: Sequence[int], threads: int) -> WarmParent | None:
-        """What forks lives that hold these columns; None where there is no such template, or it has not loaded yet."""
-        if self._loaded is None or self._holding != (tuple(columns), threads) or not self._loaded[0].is_alive():
+    def parent(self, holding: Holding) -> WarmParent | None:
+        """What forks lives that hold this; None where there is no such template, or it has not loaded yet."""
+        if self._loaded is None or self._holding != holding or not self._loaded[0].is_alive():
             return None
         return self._loaded[1]
 
     async def _make(self, holding: Holding) -> None:
         await asyncio.sleep(PAUSE_S)
         try:
-            child, parent = await self._fork(*holding)
+            child, parent = await self._fork(holding)
         except WarmParentError as e:
             log.warning("no template: %s", e)
             self._holding = None

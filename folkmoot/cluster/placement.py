@@ -32,6 +32,9 @@ class HostSlot:
     speed: float = 1.0
 
 
+Extra: TypeAlias = tuple[int, int]
+"""A layer and an expert: a replica of one logical expert, beside the columns (balance_live.py)."""
+
 Held: TypeAlias = dict[str, set[int]]
 Move: TypeAlias = tuple[int, str, str]
 """A column, from one host, to another."""
@@ -193,6 +196,11 @@ def _has_room(host: HostSlot, chosen: Held) -> bool:
     return host.capacity is None or len(chosen[host.host]) < host.capacity
 
 
-def as_placement(columns: Sequence[int], moe_layers: Sequence[int]) -> dict[int, list[int]]:
-    """The columns as an expert host wants them: for each MoE layer the experts, position = slot."""
-    return {layer: list(columns) for layer in moe_layers}
+def as_placement(
+    columns: Sequence[int], moe_layers: Sequence[int], extras: Sequence[Extra] = ()
+) -> dict[int, list[int]]:
+    """The columns and extras as an expert host wants them: for each MoE layer the experts, position = slot."""
+    placed = {layer: list(columns) for layer in moe_layers}
+    for layer, expert in extras:
+        placed[layer].append(expert)
+    return placed

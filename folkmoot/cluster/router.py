@@ -22,6 +22,7 @@ from folkmoot.cluster import environment, metrics_node, metrics_router
 from folkmoot.cluster.actor_pool import ActorPool
 from folkmoot.cluster.autoscaler import Autoscaler
 from folkmoot.cluster.balance_loads import at, counted, no_loads
+from folkmoot.cluster.balancer import Balancer
 from folkmoot.cluster.charge import Charge
 from folkmoot.cluster.healing import is_settled, phase_of
 from folkmoot.cluster.operation_runner import OperationRunner
@@ -89,6 +90,7 @@ class ExpertRouter:
         self._tasks: set[asyncio.Task[None]] = set()
         self._engines_deployed = (self._state.wish.engine_limits, 0)
         self._autoscaler = Autoscaler(spec, self._store, lambda: self._state, self._change)
+        self._balancer = Balancer(spec, lambda: self._state, lambda: self._loads, self.report)
         self._charge = Charge(self._store, spec)
         self._operations = OperationRunner(
             spec,
@@ -100,7 +102,8 @@ class ExpertRouter:
         )
         for work in (self._run(), self._publish_status(), self._publish_rows(), self._deploy_engines()):
             self._keep(work)
-        self._keep(self._autoscaler.run())
+        for work in (self._autoscaler.run(), self._balancer.run()):
+            self._keep(work)
         self._keep(metrics_node.keep_serving(spec, "router", self._metrics))
 
     async def wait_for_map(self, engine: str, known_version: int, timeout_s: float = 20.0) -> str | None:
@@ -143,7 +146,8 @@ class ExpertRouter:
 
     async def status(self) -> dict[str, Any]:
         """What is where, alive, and how loaded: the status document as JSON data."""
-        return document(self._spec, self._state, self._error, self._autoscaler.document())
+        scaling, balance = self._autoscaler.document(), self._balancer.document()
+        return document(self._spec, self._state, self._error, scaling, balance)
 
     async def _metrics(self) -> bytes:
         of_router = metrics_router.families(self._state, self._counts, self._autoscaler.engines)
@@ -223,9 +227,9 @@ class ExpertRouter:
         """Carry out what is planned until nothing is. Each action changes the state at once, so none is begun twice."""
         while actions := plan(self._state):
             match actions[0]:
-                case StartHost(host, incarnation, columns):
-                    self._state = apply(HostStarting(host, incarnation, columns), self._state)
-                    self._keep(self._start_host(host, incarnation, columns))
+                case StartHost(host, incarnation, columns, extras) as start:
+                    self._state = apply(HostStarting(host, incarnation, columns, extras), self._state)
+                    self._keep(self._start_host(start))
                 case StopHost(host, incarnation):
                     self._state = apply(HostStopped(host, incarnation), self._state)
                     if (actor := self._actors.get(host)) is not None:
@@ -241,12 +245,12 @@ class ExpertRouter:
         except Exception:
             log.exception("the place of %s was not given back", host)
 
-    async def _start_host(self, host: str, incarnation: int, columns: tuple[int, ...]) -> None:
-        actor = None
+    async def _start_host(self, start: StartHost) -> None:
+        actor, host, incarnation = None, start.host, start.incarnation
         try:
             threads = await asyncio.to_thread(self._slots.threads, host)
             actor = self._actors.ensure(host)
-            await self.report(await actor.start.remote(host, incarnation, columns, threads))
+            await self.report(await actor.start.remote(host, incarnation, start.columns, start.extras, threads))
         except Exception as e:
             await self._failed(actor, host, incarnation, e)
             return

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from folkmoot.cluster.placement import HostSlot
+from folkmoot.cluster.placement import Extra, HostSlot
 from folkmoot.cluster.router_plan import settle
 from folkmoot.cluster.router_state import (
     ENGINE_SILENT_S,
@@ -52,6 +52,7 @@ class HostStarting:
     host: str
     incarnation: int
     columns: tuple[int, ...]
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class HostForked:
     columns: tuple[int, ...]
     pid: int
     actor_pid: int
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class HostReady:
     bytes: int = 0
     load_s: float = 0.0
     shared_bytes: int = 0
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,13 @@ class HostLoad:
 
 
 @dataclass(frozen=True)
+class Rebalanced:
+    """Other extras have been decided on, for the hosts that are named."""
+
+    extras: Mapping[str, tuple[Extra, ...]]
+
+
+@dataclass(frozen=True)
 class EngineReported:
     """An engine's own account of itself. One that is "stopping" and then "dead" is forgotten."""
 
@@ -145,6 +155,7 @@ Event: TypeAlias = (
     | HostStopped
     | HostRemoved
     | HostLoad
+    | Rebalanced
     | EngineReported
     | MapSeen
 )
@@ -164,8 +175,8 @@ def _apply(event: Event, state: RouterState) -> RouterState:
             return replace(state, wish=wish)
         case SlotsSeen(slots):
             return _see_slots(slots, state)
-        case HostStarting(host, incarnation, columns):
-            life = Life(incarnation, columns, since_s=state.now_s)
+        case HostStarting(host, incarnation, columns, extras):
+            life = Life(incarnation, columns, since_s=state.now_s, extras=extras)
             return with_life(state, state.hosts[host], life) if host in state.hosts else state
         case HostForked():
             return _forked(event, state)
@@ -180,6 +191,9 @@ def _apply(event: Event, state: RouterState) -> RouterState:
             return replace(state, hosts=MappingProxyType(hosts)) if host in state.hosts else state
         case HostLoad(host, incarnation, requests, rows, busy_s):
             return _change_life(state, host, incarnation, requests=requests, rows=rows, busy_s=busy_s)
+        case Rebalanced(extras):
+            hosts = {n: replace(h, extras=extras.get(n, h.extras)) for n, h in state.hosts.items()}
+            return replace(state, hosts=MappingProxyType(hosts))
         case EngineReported():
             return _engine_reported(event, state)
         case MapSeen(engine, version):
@@ -211,18 +225,18 @@ def _see_slots(slots: tuple[HostSlot, ...], state: RouterState) -> RouterState:
 
 
 def _forked(event: HostForked, state: RouterState) -> RouterState:
-    host = state.hosts.get(event.host) or HostState(event.host, columns=event.columns)
+    host = state.hosts.get(event.host) or HostState(event.host, columns=event.columns, extras=event.extras)
     life = host.life(event.incarnation)
     if life is None and event.incarnation <= host.incarnation:
         return state
     if life is not None and life.phase is not Phase.STARTING:
         return state
-    life = Life(event.incarnation, event.columns, Phase.LOADING, state.now_s, pid=event.pid, actor_pid=event.actor_pid)
-    return with_life(state, host, life)
+    life = Life(event.incarnation, event.columns, Phase.LOADING, state.now_s, event.pid, event.actor_pid)
+    return with_life(state, host, replace(life, extras=event.extras))
 
 
 def _ready(event: HostReady, state: RouterState) -> RouterState:
-    host = state.hosts.get(event.host) or HostState(event.host, columns=event.columns)
+    host = state.hosts.get(event.host) or HostState(event.host, columns=event.columns, extras=event.extras)
     life = host.life(event.incarnation)
     if life is None and event.incarnation <= host.incarnation:
         return state
@@ -239,6 +253,7 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         event.bytes,
         event.load_s,
         event.shared_bytes,
+        extras=event.extras,
     )
     return with_life(state, host, loaded)
 

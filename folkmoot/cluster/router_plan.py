@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
-from folkmoot.cluster.placement import as_placement, rebalance
+from folkmoot.cluster.placement import Extra, as_placement, rebalance
 from folkmoot.cluster.router_state import HostState, Life, Phase, RouterState, with_life
 from folkmoot.experts import expert_map as maps
 
 DRAIN_S = 10.0
 """A host that left the map is stopped after so long, whatever engines say."""
+EXTRAS_AT_ONCE = 2
+"""So many hosts at most change over at once for the load's sake."""
 DRAIN_GRACE_S = 0.5
 """... and not before: an engine that has the new map may still wait for a layer that it sent under the old one."""
 
@@ -88,7 +90,7 @@ def _held_back(state: RouterState, host: HostState, columns: Sequence[int]) -> s
 def _promote(state: RouterState, host: HostState, life: Life) -> RouterState:
     """A loaded life takes its place in the map, and that of its predecessor."""
     assert life.address is not None
-    placement = as_placement(life.columns, state.moe_layers)
+    placement = as_placement(life.columns, state.moe_layers, life.extras)
     state = replace(state, expert_map=maps.add_host(state.expert_map, life.address, placement))
     if (before := host.serving) is not None:
         state = with_life(state, host, _draining(before, state))
@@ -111,11 +113,12 @@ def _draining(life: Life, state: RouterState) -> Life:
 
 @dataclass(frozen=True)
 class StartHost:
-    """Ask the host's actor to start a life with these columns. Answer: HostStarting, then its fate."""
+    """Ask the host's actor to start a life with these columns and extras. Answer: HostStarting, then its fate."""
 
     host: str
     incarnation: int
     columns: tuple[int, ...]
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,25 @@ def plan(state: RouterState) -> tuple[Action, ...]:
 
 
 def _start(state: RouterState, host: HostState) -> StartHost | None:
-    """A life for a host that has none, or the successor of one whose columns should change."""
-    is_free = host.pending is None and host.node is not None and state.now_s >= host.not_before_s
-    if not is_free or (columns := _next_columns(state, host)) is None:
+    """A life for a host that has none, or the successor of one whose columns or extras should change."""
+    if host.pending is not None or host.node is None or state.now_s < host.not_before_s:
         return None
-    return StartHost(host.host, max(host.incarnation + 1, int(state.now_s)), columns)
+    columns = _next_columns(state, host)
+    if columns is None and host.serving is not None and _may_change_extras(state, host):
+        columns = host.serving.columns
+    if columns is None:
+        return None
+    incarnation = max(host.incarnation + 1, int(state.now_s))
+    return StartHost(host.host, incarnation, columns, host.extras_beside(columns))
+
+
+def _may_change_extras(state: RouterState, host: HostState) -> bool:
+    """Whether the host holds other extras than it ought to, and nothing else is to be seen to first."""
+    serving = host.serving
+    if serving is None or serving.columns != host.columns or serving.extras == host.extras_beside(host.columns):
+        return False
+    is_whole = all(h.serving is not None for h in state.hosts.values() if h.columns)
+    return is_whole and sum(h.pending is not None for h in state.hosts.values()) < EXTRAS_AT_ONCE
 
 
 def _next_columns(state: RouterState, host: HostState) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from folkmoot.cluster.placement import HostSlot
+from folkmoot.cluster.placement import Extra, HostSlot
 from folkmoot.cluster.wish import Wish
 from folkmoot.experts import expert_map as maps
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
@@ -66,11 +66,12 @@ class Life:
     busy_s: float = 0.0
     out_version: int = 0
     """where DRAINING: the first map version without it"""
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
 class HostState:
-    """One expert host: its place, the columns it ought to hold, and its lives, the oldest first.
+    """One expert host: its place, the columns and extras it ought to hold, and its lives, the oldest first.
 
     Usually there is one life; for a while two, when a successor with other columns takes over.
     """
@@ -82,6 +83,8 @@ class HostState:
     waiting_since_s: float = 0.0
     """where `node` is None: since when Ray has had no room for it"""
     columns: tuple[int, ...] = ()
+    extras: tuple[Extra, ...] = ()
+    """replicas for the load's sake, beside those of the columns: nobody counts on them"""
     lives: tuple[Life, ...] = ()
     incarnation: int = 0
     """the largest that was ever given to a life"""
@@ -101,6 +104,10 @@ class HostState:
     def pending(self) -> Life | None:
         """The life that is on its way into the map."""
         return next((life for life in self.lives if life.phase in PENDING), None)
+
+    def extras_beside(self, columns: tuple[int, ...]) -> tuple[Extra, ...]:
+        """The extras that it ought to hold where it holds these columns."""
+        return tuple(extra for extra in self.extras if extra[1] not in columns)
 
     @property
     def slot(self) -> HostSlot:

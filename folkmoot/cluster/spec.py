@@ -75,6 +75,10 @@ class ClusterSpec:
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
     load_half_life_s: float = 60.0
     """after so long an expert's rows count half in its recent load"""
+    rebalance: bool = False
+    """give hot experts extra replicas (folkmoot.cluster.balance_live)"""
+    spare_experts: int = 1
+    """in each layer, so many extra replicas a host may hold"""
     no_replica_timeout_s: float = 60.0
     """how long running requests wait for an expert that has no live replica"""
     several_nodes: bool = False

@@ -11,7 +11,9 @@ from folkmoot.experts import expert_map as maps
 from folkmoot.experts.expert_map import ExpertMap
 
 
-def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any]) -> dict[str, Any]:
+def document(
+    spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any], balance: dict[str, Any]
+) -> dict[str, Any]:
     """The document: keys are stable, new ones may come. Times are Unix seconds, sizes bytes."""
     missing = maps.missing(state.expert_map)
     return {
@@ -30,6 +32,7 @@ def document(spec: ClusterSpec, state: RouterState, error: str | None, scaling: 
             "published": state.is_publishable,
         },
         "autoscaling": scaling,
+        "balance": balance,
         "healing": [asdict(trouble) for trouble in troubles(state)],
         "hosts": [_host(h, state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
         "engines": [
@@ -64,6 +67,7 @@ def _host(host: HostState, state: RouterState) -> dict[str, Any]:
         "actor_pid": life.actor_pid,
         "incarnation": life.incarnation,
         "experts": list(life.columns),
+        "extra_replicas": len(life.extras),
         "bytes": life.bytes,
         "shared_bytes": life.shared_bytes,
         "load_s": round(life.load_s, 3),

@@ -97,6 +97,8 @@ def parts(document: dict[str, Any], speed: Rates | None = None) -> Iterator[Rend
             yield Text(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip())
     else:
         yield "a dense model: no expert hosts"
+    if (balance := document["balance"])["on"]:
+        yield Text(_balance_line(balance))
     if (scaling := document["autoscaling"])["least"] != scaling["most"]:
         yield Text(_scaling_line(scaling))
     yield _engines_table(document["engines"], speed)
@@ -171,6 +173,12 @@ def _lanes_table(lanes: dict[str, dict[str, Any]]) -> Table:
 def _scaling_line(facts: dict[str, Any]) -> str:
     line = f"engines {facts['least']} to {facts['most']}, {facts['wanted']} wanted: {facts['reason']}"
     return line + ("" if facts["late_s"] is None else "; a deadline cannot be met with the most engines")
+
+
+def _balance_line(facts: dict[str, Any]) -> str:
+    even = facts["busiest_over_even"]
+    measured = "" if even is None else f", busiest host {even:g} of an even share"
+    return f"balance: {facts['extra_replicas']} extra replicas{measured}; {facts['reason']}"
 
 
 def _engines_table(engines: list[dict[str, Any]], speed: Rates | None = None) -> Table:

@@ -20,7 +20,7 @@ SHARED_WITH_SPEC = (
     *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
-    *("stall_s", "no_replica_timeout_s"),
+    *("stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
 
 
@@ -84,6 +84,9 @@ class UpOptions:
     combine: str = "rows"
     stall_s: float = ClusterSpec.stall_s
     no_replica_timeout_s: float = ClusterSpec.no_replica_timeout_s
+    load_half_life_s: float = ClusterSpec.load_half_life_s
+    rebalance: bool = ClusterSpec.rebalance
+    spare_experts: int = ClusterSpec.spare_experts
     background_workers: bool | None = None
     """None: where it helps, with one engine on a CPU"""
     cpus_per_host: float = 0.1

@@ -45,7 +45,7 @@ class Owner(Protocol):
     def no_replica(self, layer: int, expert: int) -> Exception:
         """What to raise when `routes` gave none."""
 
-    def counters(self, layer: int, experts: int, num_links: int) -> tuple[int, int, int]:
+    def counters(self, layer: int, table: np.ndarray, num_links: int) -> tuple[int, int, int]:
         """Addresses of hop.c's counters."""
 
 
@@ -231,7 +231,7 @@ class Call:
         experts, replicas, _ = table.shape
         call.table, call.experts, call.replicas = table.ctypes.data, experts, replicas
         call.map_version, call.links = new.expert_map.version, len(new.links)
-        call.served, call.scratch, call.cost = self.owner.counters(self.layer, experts, len(new.links))
+        call.served, call.scratch, call.cost = self.owner.counters(self.layer, table, len(new.links))
         return int(native.begin(ctypes.addressof(call), new.pointers))
 
     def _send(self, index: int, link: Link) -> None:

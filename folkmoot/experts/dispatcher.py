@@ -79,7 +79,7 @@ class Dispatcher:
         self._routes: Routes | None = None
         self._generation = 0
         self._served: dict[int, np.ndarray] = {}
-        self._counters: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._counters: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._calls, self._background = 0, set[int]()
         self._layer, self._is_abandoned = -1, False
         self._feed: MapFeed | None = None
@@ -253,12 +253,13 @@ class Dispatcher:
             return DispatchError(f"layer {layer}: no expert map within {FIRST_MAP_TIMEOUT_S:g} s")
         return NoReplicaError(layer, expert, self._latest.version)
 
-    def counters(self, layer: int, experts: int, num_links: int) -> tuple[int, int, int]:
-        """Addresses of hop.c's served int64 [experts] (of this layer), scratch and cost."""
-        if (found := self._counters.get((layer, num_links))) is None:
+    def counters(self, layer: int, table: np.ndarray, num_links: int) -> tuple[int, int, int]:
+        """Addresses of hop.c's served int64 [experts] (of this layer), scratch and cost, for this table of routes."""
+        experts, replicas, _ = table.shape
+        if (found := self._counters.get((layer, replicas, num_links))) is None:
             served = self._served.setdefault(layer, np.zeros(experts, np.int64))
-            scratch, cost = np.zeros(2 * experts, np.int32), np.zeros(num_links, np.int64)
-            self._counters[(layer, num_links)] = found = (served, scratch, cost)
+            scratch, cost = np.zeros(experts * (1 + replicas), np.int32), np.zeros(num_links, np.int64)
+            self._counters[(layer, replicas, num_links)] = found = (served, scratch, cost)
         return found[0].ctypes.data, found[1].ctypes.data, found[2].ctypes.data
 
     def _set_shape(self, shape: Shape) -> None:

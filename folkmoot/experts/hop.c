@@ -166,19 +166,45 @@ struct call { /* native.Call: one layer's rows. Pairs are (token, slot) in row-m
     const uint8_t **rows;  /* [pairs]: where the row lies; NULL if its sum came with another pair's */
     float *factors;        /* [pairs]: what the row counts in the sum */
     int64_t *served;       /* [experts]: rows so far */
-    int32_t *scratch;      /* [2 * experts] */
+    int32_t *scratch;      /* [experts * (1 + replicas)] */
     int64_t *cost;         /* [links] */
     uint64_t map_version;
     int64_t row_bytes;
     int32_t pairs, k, experts, replicas, links, expert_cost, layer, flags;
 };
 
-/* A replica for every expert that has rows. One expert's rows go to one replica, since a second copy would read its
- * weights again; experts without a choice first, then the larger ones, each to the host with the least cost so far.
+/* Pour an expert's rows over its replicas, so that their hosts' costs are as level as they can be: share[r] for each.
+ * A replica takes part if that leaves it no fewer rows than reading the weights costs. */
+static void pour(struct call *c, int e, int32_t rows, int32_t *share) {
+    const int32_t *of = &c->table[e * c->replicas * 2];
+    int64_t sum = rows, used = 0;
+    for (int r = 0; r < c->replicas; r++) share[r] = 0;
+    for (;; used++) {
+        int best = -1;
+        for (int r = 0; r < c->replicas && of[r * 2] >= 0; r++)
+            if (!share[r] && (best < 0 || c->cost[of[r * 2]] < c->cost[of[best * 2]])) best = r;
+        if (best < 0) break;
+        int64_t base = c->cost[of[best * 2]] + c->expert_cost, level = (sum + base) / (used + 1);
+        if (used && level - base < (c->expert_cost > 0 ? c->expert_cost : 1)) break;
+        sum += base;
+        share[best] = 1;
+    }
+    int64_t level = (sum + used - 1) / used;
+    for (int r = 0; r < c->replicas && of[r * 2] >= 0; r++) {
+        if (!share[r]) continue;
+        int64_t *cost = &c->cost[of[r * 2]], n = level - *cost - c->expert_cost;
+        share[r] = n < rows ? n : rows;
+        rows -= share[r];
+        if (share[r]) *cost += share[r] + c->expert_cost;
+    }
+}
+
+/* How many rows of each expert go to each of its replicas. Experts without a choice first, then the larger ones.
  * Cost = rows + expert_cost. Returns 0; -1 - e for an expert e without a replica; INT32_MIN for an id out of range. */
 static int choose_replicas(struct call *c) {
-    int32_t *count = c->scratch, *chosen = c->scratch + c->experts, largest = 0;
+    int32_t *count = c->scratch, *share = c->scratch + c->experts, largest = 0;
     memset(count, 0, sizeof(int32_t) * c->experts);
+    memset(share, 0, sizeof(int32_t) * c->experts * c->replicas);
     memset(c->cost, 0, sizeof(int64_t) * c->links);
     for (int p = 0; p < c->pairs; p++) {
         if (c->done[p]) continue;
@@ -187,34 +213,30 @@ static int choose_replicas(struct call *c) {
     }
     for (int e = 0; e < c->experts; e++) {
         const int32_t *of = &c->table[e * c->replicas * 2];
-        chosen[e] = -1;
         if (!count[e]) continue;
         if (of[0] < 0) return -1 - e;
         if (count[e] > largest) largest = count[e];
         if (c->replicas == 1 || of[2] < 0) {
-            chosen[e] = 0;
+            share[e * c->replicas] = count[e];
             c->cost[of[0]] += count[e] + c->expert_cost;
+            count[e] = 0;
         }
     }
     for (int size = largest; size > 0; size = size > 8 ? size / 2 : size - 1)
         for (int e = 0; e < c->experts; e++) {
-            if (count[e] < size || chosen[e] >= 0) continue;
-            const int32_t *of = &c->table[e * c->replicas * 2];
-            int best = 0;
-            for (int r = 1; r < c->replicas && of[r * 2] >= 0; r++)
-                if (c->cost[of[r * 2]] < c->cost[of[best * 2]]) best = r;
-            chosen[e] = best;
-            c->cost[of[best * 2]] += count[e] + c->expert_cost;
+            if (count[e] < size) continue;
+            pour(c, e, count[e], share + e * c->replicas);
+            count[e] = 0;
         }
     return 0;
 }
 
 /* Requests: x [pairs], slots int32 [pairs], and in sum mode token int32 [pairs] and weight float32 [pairs]. */
 static void pack(struct call *c, struct link **links) {
-    const int32_t *chosen = c->scratch + c->experts;
+    int32_t *filling = c->scratch, *share = c->scratch + c->experts; /* filling: 0 for each expert by now */
     for (int i = 0; i < c->links; i++) links[i]->rows = 0, links[i]->last_token = -1, links[i]->state = IDLE;
-    for (int p = 0; p < c->pairs; p++)
-        if (!c->done[p]) links[c->table[(c->ids[p] * c->replicas + chosen[c->ids[p]]) * 2]]->rows++;
+    for (int i = 0; i < c->experts * c->replicas; i++)
+        if (share[i]) links[c->table[i * 2]]->rows += share[i];
     for (int i = 0; i < c->links; i++) { /* where the columns begin; rows then counts again, as they are filled */
         struct link *l = links[i];
         l->header.pairs = l->rows;
@@ -224,7 +246,10 @@ static void pack(struct call *c, struct link **links) {
     for (int p = 0; p < c->pairs; p++) {
         if (c->done[p]) continue;
         int e = c->ids[p], token = p / c->k;
-        const int32_t *replica = &c->table[(e * c->replicas + chosen[e]) * 2];
+        while (!share[e * c->replicas + filling[e]]) filling[e]++;
+        int at = e * c->replicas + filling[e];
+        share[at]--;
+        const int32_t *replica = &c->table[at * 2];
         struct link *l = links[replica[0]];
         int64_t pairs = l->header.pairs, row = l->rows++, slots = ALIGN64(pairs * c->row_bytes);
         if (token != l->last_token) l->header.rows++;

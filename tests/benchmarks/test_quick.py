@@ -27,6 +27,9 @@ KEYS = {
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},
     "batch": {"results", "missing", "doubled", "different", "ratio_to_vllm", "faults"},
     "observe": {"metrics_on_over_off", "metrics_and_traces_on_over_off", "metrics_on_over_off_gateway_32"},
+    "balance": {
+        *("worst_over_eplb", "worst_over_bound", "moved_bytes_over_eplb", "decide_s_max"),
+    },
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
         *("tokens_different", "from_zero_first_token_s"),
@@ -62,5 +65,8 @@ def test_quick_preset(name: str, tmp_path: Path) -> None:
     if name == "autoscale":
         assert figures["engine_hours_over_oracle"] < 1.2 and figures["engine_hours_over_fixed_fleet"] < 1
         assert figures["engines_most"] == 2 and figures["engines_taken_with_work"] >= 1, "the fault has happened"
+    if name == "balance":
+        assert figures["worst_over_eplb"] < 1.01 and figures["worst_over_bound"] < 1.03
+        assert figures["moved_bytes_over_eplb"] < 0.2 and figures["lp_over_bound_max"] <= 1.001
     if name == "exactness":
         assert figures["max_abs_dlogprob_vs_vllm_fp32"] <= 1e-6

@@ -15,6 +15,7 @@ from folkmoot.cluster.router_events import (
     HostRemoved,
     HostStarting,
     HostStopped,
+    Rebalanced,
     SlotsSeen,
     Tick,
     Wished,
@@ -23,7 +24,7 @@ from folkmoot.cluster.router_events import (
 from folkmoot.cluster.router_plan import RemoveHost, StartHost, StopHost, plan
 from folkmoot.cluster.router_state import RouterState, initial
 from folkmoot.cluster.wish import Wish
-from folkmoot.experts.expert_map import HostAddress
+from folkmoot.experts.expert_map import HostAddress, placement_of
 
 COLUMNS = 5
 
@@ -44,11 +45,11 @@ class World:
     def act(self) -> None:
         while actions := plan(self.state):
             match actions[0]:
-                case StartHost(host, incarnation, columns) as start:
+                case StartHost(host, incarnation, columns, extras) as start:
                     assert columns and incarnation > self.state.hosts[host].incarnation
                     assert not any(s.host == host for s in self.starting if self.is_pending(s)), "one at a time"
                     self.starting.append(start)
-                    self.tell(HostStarting(host, incarnation, columns))
+                    self.tell(HostStarting(host, incarnation, columns, extras))
                 case StopHost(host, incarnation):
                     self.tell(HostStopped(host, incarnation))
                 case RemoveHost(host):
@@ -62,8 +63,8 @@ class World:
         if self.starting:
             start = self.starting.pop(index % len(self.starting))
             address = HostAddress(start.host, start.incarnation, "n", "/run/x")
-            self.tell(HostForked(start.host, start.incarnation, start.columns, 2, 1))
-            self.tell(HostReady(start.host, start.incarnation, address, start.columns, 2, 1))
+            self.tell(HostForked(start.host, start.incarnation, start.columns, 2, 1, start.extras))
+            self.tell(HostReady(start.host, start.incarnation, address, start.columns, 2, 1, extras=start.extras))
 
     def look(self) -> None:
         places = self.state.wish.open_hosts
@@ -85,6 +86,9 @@ def check(before: RouterState, event: Event, after: RouterState) -> None:
     assert after.expert_map.version >= before.expert_map.version
     if after.expert_map != before.expert_map:
         assert after.expert_map.version > before.expert_map.version
+    for name, life in serving.items():
+        held = {e for by_expert in [placement_of(after.expert_map, name).get(0, {})] for e in by_expert}
+        assert held == {*life.columns, *(e for _, e in life.extras)}, "what a host holds is what the map says"
     for host in after.hosts.values():
         assert sum(life.phase == "ready" for life in host.lives) <= 1
     if not isinstance(event, HostDied):
@@ -110,6 +114,7 @@ STEPS = st.lists(
         st.tuples(st.just("replicas"), st.integers(1, 3)),
         st.tuples(st.just("column"), st.integers(0, COLUMNS - 1)),
         st.tuples(st.just("drain"), st.integers(0, 9)),
+        st.tuples(st.just("extras"), st.integers(0, 31)),
         st.tuples(st.just("node"), st.integers(0, 1)),
     ),
     max_size=40,
@@ -133,6 +138,9 @@ def do(world: World, what: str, number: int) -> None:
             world.tell(Wished(wish.with_column(number, 2)))
         case "drain" if len(wish.open_hosts) > 1:
             world.tell(Wished(wish.without_host(wish.open_hosts[number % len(wish.open_hosts)], forced=False)))
+        case "extras":
+            extras = tuple((0, column) for column in range(COLUMNS) if number >> column & 1)
+            world.tell(Rebalanced({h: extras for i, h in enumerate(sorted(world.state.hosts)) if i % 2}))
         case "node":
             world.lost_nodes ^= {f"n{number}"}
     world.look()

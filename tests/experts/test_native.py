@@ -28,7 +28,7 @@ class Hop:
         self.done, self.rows = np.zeros(pairs, np.uint8), np.zeros(pairs, np.uint64)
         self.host, self.row = np.zeros(pairs, np.int32), np.zeros(pairs, np.int32)
         self.factors, self.served = np.zeros(pairs, np.float32), np.zeros(experts, np.int64)
-        self.scratch, self.cost = np.zeros(2 * experts, np.int32), np.zeros(links, np.int64)
+        self.scratch, self.cost = np.zeros(experts * (1 + replicas), np.int32), np.zeros(links, np.int64)
         columns = {name: getattr(self, name).ctypes.data for name in (
             "x", "ids", "weights", "table", "done", "host", "row", "rows", "factors", "served", "scratch", "cost"
         )}  # fmt: skip
@@ -144,6 +144,28 @@ def test_rows_are_levelled_over_replicas() -> None:
     hop = Hop(np.zeros((16, 3), np.float32), ids, table, 2, expert_cost=0)
     assert hop.begin() == 0
     assert [link.rows for link in hop.links] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cost", "expected"),
+    [(64, 16, [22, 22, 20]), (32, 16, [16, 16, 0]), (31, 16, [31, 0, 0]), (3, 0, [1, 1, 1])],
+)
+def test_one_experts_rows_are_split_where_that_pays(rows: int, cost: int, expected: list[int]) -> None:
+    """A replica takes part if it gets at least as many rows as reading the weights costs."""
+    table = np.array([[[0, 5], [1, 6], [2, 7]]], np.int32)
+    hop = Hop(np.zeros((rows, 3), np.float32), np.zeros((rows, 1), np.int32), table, 3, expert_cost=cost)
+    assert hop.begin() == 0
+    assert sorted((link.rows for link in hop.links), reverse=True) == expected
+    for i, slot in enumerate((5, 6, 7)):
+        assert not hop.links[i].rows or set(hop.request(i)[1].tolist()) == {slot}
+
+
+def test_a_busy_host_gets_fewer_of_a_hot_experts_rows() -> None:
+    table = np.array([[[0, 0], [1, 0]], [[0, 1], [-1, -1]]], np.int32)
+    ids = np.array([[0]] * 60 + [[1]] * 20)
+    hop = Hop(np.zeros((80, 3), np.float32), ids, table, 2, expert_cost=0)
+    assert hop.begin() == 0
+    assert [link.rows for link in hop.links] == [40, 40]
 
 
 @pytest.mark.parametrize(
