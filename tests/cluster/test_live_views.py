@@ -45,7 +45,8 @@ def document(time_s: float, rows: int, tokens: int, incarnation: int = 1) -> dic
     """A cluster's own, of one host and one engine."""
     return {
         "cluster": "default", "time_s": time_s, "error": None, "map": MAP, "healing": [],
-        "autoscaling": {"least": 1, "most": 1}, "balance": {"on": False}, "hosts": [{**HOST, "rows": rows, "incarnation": incarnation}],
+        "autoscaling": {"least": 1, "most": 1}, "balance": {"on": False},
+        "hosts": [{**HOST, "rows": rows, "incarnation": incarnation}],
         "engines": [{**ENGINE, "generated_tokens": tokens}],
     }  # fmt: skip
 
