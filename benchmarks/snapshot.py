@@ -23,6 +23,9 @@ DESCRIPTOR_SLACK = 4
 RAYS_OWN = ("/ray/_private/", "/ray/dashboard/", "/ray/core/", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's daemons: their files and connections are Ray's to look after."""
 
+STORES = ("valkey-server", "redis-server")
+"""Their connections are counted at the other end, each process's by itself."""
+
 STAND_IN = "ray::NodeAgent"
 """Comes where a warm parent died and an expert actor needed the next one before `folkmoot up` had looked; and stays."""
 
@@ -87,7 +90,7 @@ def _descriptors(pid: int) -> int:
     """Open files of a process. Of an actor, without what Ray opens in it: logs, and connections to other actors, which
     it keeps a while after those have died."""
     title = _title(pid)
-    if any(part in title for part in RAYS_OWN):
+    if any(part in title for part in (*RAYS_OWN, *STORES)):
         return 0
     names = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
