@@ -51,7 +51,7 @@ class Bench:
             "device": "cpu", "max_model_len": 512, "max_num_seqs": 8, "max_batch_seqs": None,
             "batch_rows": 1, "batch_prompt_tokens": 256, "seed": 0, "kv_cache_gib": 0.1,
             "transport": "auto", "combine": "rows", "background_workers": False, "stall_s": 1.0,
-            "no_replica_timeout_s": PATIENCE_S, "grace_s": 1.0,
+            "no_replica_timeout_s": PATIENCE_S, "grace_s": 1.0, "metrics_dir": None,
             "secret_file": str(secret.keep(self.folder / "secret")),
         }  # fmt: skip
         self.engine = self.parent.spawn("folkmoot.cluster.engine_process:main", spec, self.folder / "engine.log")
