@@ -81,10 +81,16 @@ class BareService(gateway_pb2_grpc.FolkmootServicer):
 
 def bare_server(port: int, ready: Event) -> None:
     """A process: grpc.aio alone."""
+    add: Callable[..., None] = gateway_pb2_grpc.add_FolkmootServicer_to_server
+    serve_alone(lambda server: add(BareService(), server), port, ready)
+
+
+def serve_alone(add: Callable[[grpc.aio.Server], None], port: int, ready: Event) -> None:
+    """Serve, on loopback, what `add` adds to a server, until this process is ended."""
 
     async def run() -> None:
         server = grpc.aio.server()
-        gateway_pb2_grpc.add_FolkmootServicer_to_server(BareService(), server)  # type: ignore[no-untyped-call]
+        add(server)
         server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         ready.set()

@@ -26,7 +26,7 @@ import grpc
 
 from benchmarks.checkpoints import tiny
 from benchmarks.clusters import Cluster
-from benchmarks.gateway import CONCURRENT, MODEL, free_port, gateway_process, process, rate
+from benchmarks.gateway import CONCURRENT, MODEL, free_port, gateway_process, process, rate, serve_alone
 from benchmarks.load import Load, greedy
 from benchmarks.prometheus import Prometheus, find_program, picture
 from benchmarks.report import finish, parser, table
@@ -124,15 +124,8 @@ def collector(port: int, received: Any, ready: Event) -> None:
             received.value += sum(len(scope.spans) for scope in scopes)
             return trace_service_pb2.ExportTraceServiceResponse()
 
-    async def run() -> None:
-        server = grpc.aio.server()
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Dropping(), server)  # type: ignore[no-untyped-call]
-        server.add_insecure_port(f"127.0.0.1:{port}")
-        await server.start()
-        ready.set()
-        await server.wait_for_termination()
-
-    asyncio.run(run())
+    add: Callable[..., None] = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    serve_alone(lambda server: add(Dropping(), server), port, ready)
 
 
 @contextmanager

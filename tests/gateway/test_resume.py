@@ -95,18 +95,24 @@ async def test_streams_finish_within_the_grace(
         await asyncio.wait_for(serving, 5.0)
 
 
+async def taken_over(engines: AsyncExitStack, queue: RequestQueue, client: AsyncClient) -> EchoEngine:
+    """An engine vanishes in mid answer, and another one finishes it, which lives as long as `engines`."""
+    first = EchoEngine(queue, "engine-1", step_s=0.01)
+    await first.__aenter__()
+    chunks = []
+    async for chunk in client.generate(token_ids=[9], max_tokens=60):
+        chunks.append(chunk)
+        if len(chunks) == 15:
+            vanish(first)
+            second = await engines.enter_async_context(EchoEngine(queue, "engine-2", step_s=0.01))
+    assert tokens_of(chunks) == answer([9], 60)
+    return second
+
+
 async def test_takeover_after_a_dead_engine(queue: RequestQueue, gateway: str) -> None:
     """The first engine vanishes without a word; the second goes on after its last token."""
     async with AsyncExitStack() as engines, AsyncClient(gateway) as client:
-        first = EchoEngine(queue, "engine-1", step_s=0.01)
-        await first.__aenter__()
-        chunks = []
-        async for chunk in client.generate(token_ids=[9], max_tokens=60):
-            chunks.append(chunk)
-            if len(chunks) == 15:
-                vanish(first)
-                second = await engines.enter_async_context(EchoEngine(queue, "engine-2", step_s=0.01))
-        assert tokens_of(chunks) == answer([9], 60)
+        second = await taken_over(engines, queue, client)
         assert 15 <= second.leases[0].offset < 60
         assert (second.leases[0].epoch, second.leases[0].attempt) == (2, 2)
 

@@ -26,8 +26,8 @@ from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.tracing import MAX_TRACESTATE_CHARS, TraceContext, context_of
 from tests.gateway.batches import ended, line
 from tests.gateway.conftest import QUICK, GatewayProcess, start_gateway, token_request
-from tests.gateway.echo import EchoEngine, answer
-from tests.gateway.test_resume import tokens_of, vanish
+from tests.gateway.echo import EchoEngine
+from tests.gateway.test_resume import taken_over
 from tests.otlp import Collector, Seen
 
 GENERATE = "folkmoot.v1.Folkmoot/Generate"
@@ -120,15 +120,7 @@ async def test_a_request_of_a_dead_engine_has_a_second_lease(
 ) -> None:
     """The first engine vanishes, and its span with it; the second one's stands below the same call."""
     async with AsyncExitStack() as engines, AsyncClient(gateway) as client:
-        first = EchoEngine(queue, "engine-1", step_s=0.01)
-        await first.__aenter__()
-        chunks = []
-        async for chunk in client.generate(token_ids=[9], max_tokens=60):
-            chunks.append(chunk)
-            if len(chunks) == 15:
-                vanish(first)
-                second = await engines.enter_async_context(EchoEngine(queue, "engine-2", step_s=0.01))
-        assert tokens_of(chunks) == answer([9], 60)
+        second = await taken_over(engines, queue, client)
         (call,), (lease,) = await seen(collector, GENERATE), await seen(collector, "lease")
     assert (lease.trace_id, lease.parent_id) == (call.trace_id, call.span_id)
     assert call.parent_id == "", "the call began the trace"
