@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -181,7 +182,9 @@ class Supervisor:
         if self.options.redis is not None:
             return self.options.redis
         alone = self.options.address is None  # then a unix socket is enough
-        self._store = EmbeddedStore(self.folder.store, port=0 if alone else None)
+        self._store = EmbeddedStore(
+            self.folder.store, port=0 if alone else None, password=None if alone else secrets.token_hex(32)
+        )
         self._store.start()
         asyncio.run(_forget_models(self._store.url, namespace_of(self.options.name)))
         self._update(store=self._store.url)

