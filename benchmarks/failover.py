@@ -52,16 +52,19 @@ class Plan:
     clients: int
     window_s: float
     gateways: int = 1
+    pause_s: float = 0.0
+    """of a client between two questions, on average"""
 
 
 @dataclass
 class Trial:
     """One fault, and what came of it. Seconds; `gaps_s` has one entry a client stream: its longest gap, less the
-    usual one."""
+    usual one; `undisturbed_gaps_s` the same around a moment before the fault, at which nothing happened."""
 
     key: str
     fault: Fault
     gaps_s: list[float]
+    undisturbed_gaps_s: list[float]
     restored_s: float | None
     tokens: int
     tokens_undisturbed: int
@@ -82,7 +85,7 @@ async def run(
 ) -> Outcome:
     """Load the cluster, and inject the plan's faults one after the other."""
     outcome, rng = Outcome(plan), random.Random(0)
-    async with Load(cluster.addresses, questions, plan.clients) as steady:
+    async with Load(cluster.addresses, questions, plan.clients, pause_s=plan.pause_s) as steady:
         await asyncio.sleep(3.0)
         began = time.monotonic()
         await asyncio.sleep(plan.window_s)
@@ -91,7 +94,17 @@ async def run(
             outcome.trials.append(await _trial(cluster, plan, steady, key, fault, undisturbed, rng))
     outcome.account = load.faults_of(steady.answers, owed)
     outcome.tokens_owed = sum(len(owed[a.question.key]) for a in steady.answers)
+    print(f"{plan.name}: {_account(outcome)}", flush=True)
     return outcome
+
+
+def _account(outcome: Outcome) -> str:
+    account = outcome.account
+    kept = ", ".join(f"{t.tokens / t.tokens_undisturbed:.3f}" for t in outcome.trials)
+    return (
+        f"{account.requests} requests, {account.failed} failed, {account.lost_or_doubled} tokens lost or doubled, "
+        f"{account.different} different; throughput of each window over one without a fault: {kept}"
+    )
 
 
 async def _trial(
@@ -106,14 +119,22 @@ async def _trial(
     restored_s = time.monotonic() - injected.at_s if whole else None
     await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
     usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)
-    gaps = [
-        max(0.0, load.longest_gap_s([answer], injected.at_s, injected.at_s + GAP_HORIZON_S) - usual_s)
-        for answer in steady.answers
-        if _was_streaming(answer, injected.at_s)
-    ]
-    trial = Trial(key, fault, gaps, restored_s, steady.tokens_between(began, began + plan.window_s), undisturbed)
+    gaps, calm = (
+        _gaps(steady.answers, at_s, horizon_s, usual_s)
+        for at_s, horizon_s in ((injected.at_s, GAP_HORIZON_S), (began, min(GAP_HORIZON_S, plan.window_s / 2)))
+    )
+    trial = Trial(key, fault, gaps, calm, restored_s, steady.tokens_between(began, began + plan.window_s), undisturbed)
     print(_line(trial), flush=True)
     return trial
+
+
+def _gaps(answers: Sequence[Answer], at_s: float, horizon_s: float, usual_s: float) -> list[float]:
+    """Of each stream that ran at a moment: its longest gap from then on, less the usual one."""
+    return [
+        max(0.0, load.longest_gap_s([answer], at_s, at_s + horizon_s) - usual_s)
+        for answer in answers
+        if _was_streaming(answer, at_s)
+    ]
 
 
 def _was_streaming(answer: Answer, at_s: float) -> bool:
@@ -123,7 +144,8 @@ def _was_streaming(answer: Answer, at_s: float) -> bool:
 def _line(trial: Trial) -> str:
     restored = "not whole again" if trial.restored_s is None else f"whole again after {trial.restored_s:.1f} s"
     worst = 1e3 * max(trial.gaps_s, default=float("nan"))
-    return f"{trial.fault.name}: longest gap {worst:.0f} ms over the usual one, {restored}"
+    calm = 1e3 * max(trial.undisturbed_gaps_s, default=float("nan"))
+    return f"{trial.fault.name}: longest gap {worst:.0f} ms over the usual one ({calm:.0f} before), {restored}"
 
 
 def measure(model: Path, plan: Plan) -> Outcome:
@@ -146,6 +168,7 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
     for name, key, choose in (
         ("dead_host_gap_p99_ms", "dead_host", lambda gaps: percentile(gaps, 99)),
+        ("light_load_dead_host_gap_p99_ms", "dead_host_light", lambda gaps: percentile(gaps, 99)),
         ("stalled_host_gap_over_deadline_ms", "stalled_host", lambda gaps: max(0.0, max(gaps) - ClusterSpec.stall_s)),
         ("no_replica_gap_ms", "no_replica", max),
         ("engine_gap_ms", "engine", max),
@@ -156,9 +179,11 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
         gaps = [gap for o in outcomes for t in o.trials if t.key == key for gap in t.gaps_s]
         if gaps:
             figures[name] = 1e3 * choose(gaps)
-    hosts = [t for o in outcomes for t in o.trials if t.key == "dead_host"]
-    figures["throughput_retained"] = min(t.tokens / t.tokens_undisturbed for t in hosts)
-    figures["replicas_restored_s"] = max(t.restored_s if t.restored_s is not None else RESTORE_TIMEOUT_S for t in hosts)
+    if hosts := [t for o in outcomes for t in o.trials if t.key == "dead_host"]:
+        figures["undisturbed_gap_p99_ms"] = 1e3 * percentile([g for t in hosts for g in t.undisturbed_gaps_s], 99)
+        figures["throughput_retained"] = min(t.tokens / t.tokens_undisturbed for t in hosts)
+        restored = [RESTORE_TIMEOUT_S if t.restored_s is None else t.restored_s for t in hosts]
+        figures["replicas_restored_s"] = max(restored)
     return figures
 
 
@@ -168,26 +193,29 @@ def rows_of(outcome: Outcome) -> list[list[object]]:
     for key in dict.fromkeys(t.key for t in outcome.trials):
         trials = [t for t in outcome.trials if t.key == key]
         gaps = [1e3 * gap for t in trials for gap in t.gaps_s] or [float("nan")]
+        calm = [1e3 * gap for t in trials for gap in t.undisturbed_gaps_s] or [float("nan")]
         restored = [t.restored_s for t in trials if t.restored_s is not None]
         rows.append(
             [outcome.plan.name, trials[0].fault.name + (", no replica" if key == "no_replica" else ""), len(trials),
-             percentile(gaps, 50), max(gaps), max(restored) if len(restored) == len(trials) else "not",
+             percentile(gaps, 50), max(gaps), max(calm), max(restored) if len(restored) == len(trials) else "not",
              min(t.tokens / t.tokens_undisturbed for t in trials)]
         )  # fmt: skip
     return rows
 
 
 ALONE = (("no_replica", faults.KILL_HOST),)
-EVERY = (
-    *(("dead_host", faults.KILL_HOST),) * 10,
+LIGHT = (("dead_host_light", faults.KILL_HOST),) * 8
+OTHERS = (
     ("stalled_host", faults.STALL_HOST),
     ("engine", faults.KILL_ENGINE),
-    ("engine", faults.KILL_CORE),
-    ("gateway", faults.KILL_GATEWAY),
     ("gateway", faults.KILL_GATEWAY),
     ("router", faults.KILL_ROUTER),
     ("store", faults.KILL_STORE),
+    ("engine", faults.KILL_CORE),
+    ("gateway", faults.KILL_GATEWAY),
 )
+# In turn, since a host that dies once a minute is quarantined, as it should be.
+EVERY = tuple(one for other in OTHERS for one in (("dead_host", faults.KILL_HOST), other))
 FLOAT32 = ("--dtype", "float32", "--max-model-len", "512")
 REPLICATED = ("--hosts", "2", "--replicas", "2")
 
@@ -198,11 +226,13 @@ def plans(quick: bool, window_s: float) -> list[tuple[str, Plan]]:
         some = (("dead_host", faults.KILL_HOST), ("router", faults.KILL_ROUTER))
         return [("tiny", Plan("tiny, float32", (*FLOAT32, *REPLICATED), some, 8, 200, 4, 6.0))]
     two = ("--engines", "2")
-    big = (("dead_host", faults.KILL_HOST), ("dead_host", faults.KILL_HOST), ("engine", faults.KILL_ENGINE))
+    big = (("dead_host", faults.KILL_HOST), ("engine", faults.KILL_ENGINE), ("dead_host", faults.KILL_HOST))
     return [
         ("demo", Plan("demo, float32", (*FLOAT32, *REPLICATED, *two), EVERY, 16, 96, 8, window_s, gateways=2)),
+        ("demo", Plan("demo, float32, light load", (*FLOAT32, "--hosts", "4", "--replicas", "4"), LIGHT, 16, 96, 2,
+                      window_s / 3, pause_s=0.5)),
         ("demo", Plan("demo, float32, 1 replica", (*FLOAT32, "--hosts", "2", "--replicas", "1"), ALONE * 3, 16, 96, 8,
-                      window_s)),
+                      1.25 * window_s)),
         ("measure", Plan("1.5 GiB, bf16", ("--max-model-len", "512", *REPLICATED, *two), big, 16, 96, 8, window_s)),
     ]  # fmt: skip
 
@@ -233,19 +263,21 @@ def reshuffled(model: Path, num_questions: int, max_tokens: int) -> float:
 def main() -> None:
     """Measure and report."""
     parser = report.parser(__doc__)
+    parser.add_argument("--only", metavar="NAME", help="those clusters whose name contains this, and no peer")
     parser.add_argument("--window-s", type=float, default=60.0, help="length of the window around a fault")
     args = parser.parse_args()
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
-        outcomes = [measure(made(model, Path(name)), plan) for model, plan in plans(args.quick, args.window_s)]
+        chosen = [(m, plan) for m, plan in plans(args.quick, args.window_s) if (args.only or "") in plan.name]
+        outcomes = [measure(made(model, Path(name)), plan) for model, plan in chosen]
         figures = figures_of(outcomes)
-        if not args.quick:
+        if not args.quick and args.only is None:
             figures |= bf16_figures(made("measure", Path(name)), outcomes[-1])
             line, more = peer.measure(made("demo", Path(name)), window_s=args.window_s)
             rows.append(line)
             figures |= more
     rows = [row for outcome in outcomes for row in rows_of(outcome)] + rows
-    header = ["model", "fault", "times", "gap p50 ms", "gap max ms", "whole again s", "throughput"]
+    header = ["model", "fault", "times", "gap p50 ms", "gap max ms", "without a fault", "whole again s", "throughput"]
     print(report.table("Faults under load (gaps less the usual one)", header, rows))
     for error in sorted({e for o in outcomes for e in o.account.errors}):
         print(f"a client saw: {error}")

@@ -65,7 +65,7 @@ async def _measure(
     lost = min(in_flight, sum(t >= at_s for t in seen.failures_s))
     line: list[object] = [
         "demo, float32, vLLM's own server", f"kill its engine's core: {lost} of {in_flight} requests lost", 1,
-        1e3 * gap_s, 1e3 * gap_s, gap_s, around / before,
+        1e3 * gap_s, 1e3 * gap_s, "-", gap_s, around / before,
     ]  # fmt: skip
     return line, {"peer_vllm_gap_ms": 1e3 * gap_s, "peer_vllm_requests_lost": lost, "peer_vllm_in_flight": in_flight}
 
