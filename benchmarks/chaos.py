@@ -148,10 +148,12 @@ async def _ask_and_return(connected: AsyncClient, answer: Answer, rng: random.Ra
 
 
 async def break_things(cluster: Cluster, plan: Sequence[tuple[float, Fault]], run: Run, rng: random.Random) -> None:
-    """Carry out the schedule; a fault that finds no process waits for one."""
+    """Carry out the schedule. A fault that finds no process waits for one, and all later ones are put off with it: else
+    they would come all at once, and kill whatever has just come back."""
     began = time.monotonic()
+    late_s = 0.0
     for at_s, fault in plan:
-        await asyncio.sleep(max(0.0, began + at_s - time.monotonic()))
+        await asyncio.sleep(max(0.0, began + at_s + late_s - time.monotonic()))
         until = time.monotonic() + RETRY_FAULT_S
         while True:
             try:
@@ -164,6 +166,7 @@ async def break_things(cluster: Cluster, plan: Sequence[tuple[float, Fault]], ru
                     break
                 await asyncio.sleep(0.5)
         await asyncio.to_thread(cluster.tend)
+        late_s = max(late_s, time.monotonic() - began - at_s)
 
 
 async def play(cluster: Cluster, plan: Sequence[tuple[float, Fault]], clients: int, seed: int) -> tuple[Run, Faults]:

@@ -81,6 +81,9 @@ def settled_leaks(cluster: Cluster, before: Snapshot, timeout_s: float) -> list[
 def _title(pid: int) -> str:
     """What kind of process it is: the title it gave itself, or the module or program that it runs."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
+    if not words:  # it has ended, and its parent has not been told
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+        return f"{name} (ended) of {_title(int(rest.split()[1]))}"
     if words and "::" in words[0]:
         return words[0].split(".")[0]
     return next((w for w in words if w.startswith("folkmoot.") or w.endswith(".py")), words[0] if words else "?")
