@@ -50,7 +50,7 @@ format: install  ## format and sort imports
 
 bench: install   ## every benchmark, one after the other, figures into bench/
 	mkdir -p bench
-	for name in exactness throughput hop gateway failover chaos batch lanes autoscale fuzz observe cost balance; do \
+	for name in exactness throughput hop gateway failover chaos batch lanes autoscale fuzz observe cost balance speed; do \
 	  $(BIN)/python -m benchmarks.$$name --json bench/$$name.json || exit 1; done
 
 proto: install   ## regenerate the protobuf code

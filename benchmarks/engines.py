@@ -28,6 +28,13 @@ from folkmoot.experts.warm import Child, Control
 LOAD_TIMEOUT_S = 300.0
 KV_CACHE_BYTES = 1 << 30
 FULL_LOGITS: dict[str, Any] = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
+PLAIN: dict[str, Any] = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    "enable_prefix_caching": False,
+    "seed": 0,
+}
+"""Arguments to vLLM's LLM that hold unless a benchmark says otherwise; None leaves one to vLLM."""
 
 
 def engine_main(spec: dict[str, Any], control: Control) -> None:
@@ -39,10 +46,8 @@ def engine_main(spec: dict[str, Any], control: Control) -> None:
     from vllm import LLM
 
     began = time.monotonic()
-    llm = LLM(
-        spec["checkpoint"], enforce_eager=True, kv_cache_memory_bytes=KV_CACHE_BYTES, enable_prefix_caching=False,
-        seed=0, **spec["arguments"],
-    )  # fmt: skip
+    arguments = {**PLAIN, **spec["arguments"]}
+    llm = LLM(spec["checkpoint"], **{name: value for name, value in arguments.items() if value is not None})
     control.send({"load_s": time.monotonic() - began})
     while True:
         request = control.receive()
@@ -242,7 +247,7 @@ class Bench:
         dispatch: Mapping[str, object] | None = None,
         **arguments: object,
     ) -> Engine:
-        """Start an engine, monolithic without a pool; call `wait` on it. `arguments` go to vLLM's LLM."""
+        """Start an engine, monolithic without a pool; call `wait` on it. `arguments` go to vLLM's LLM over PLAIN."""
         spec = {
             "checkpoint": str(checkpoint),
             "dispatch": None if pool is None else pool.dispatch(**(dispatch or {})),
@@ -250,7 +255,11 @@ class Bench:
             "arguments": {"max_model_len": 512, "max_num_seqs": 64, **arguments},
         }
         parent = self.parent({} if pool is None and openmp is None else openmp)
-        engine = Engine(parent.spawn("benchmarks.engines:engine_main", spec, self.directory / "engine.log"))
+        return self.adopt(parent.spawn("benchmarks.engines:engine_main", spec, self.directory / "engine.log"))
+
+    def adopt(self, child: Child) -> Engine:
+        """A process that answers as an engine does, ended with the others."""
+        engine = Engine(child)
         self._stack.callback(engine.close)
         return engine
 

@@ -175,6 +175,36 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         help="tokens of batch prompts that begin in one step",
     ),
     click.option(
+        "--prefix-caching/--no-prefix-caching",
+        default=UpOptions.prefix_caching,
+        show_default=True,
+        help="prompts that begin alike share the KV cache of their beginning",
+    ),
+    click.option(
+        "--compile/--no-compile",
+        "compiled",
+        default=UpOptions.compiled,
+        show_default=True,
+        help="compile the engine's part of the model (torch.compile): a slower start, quicker steps (docs/speed.md)",
+    ),
+    click.option(
+        "--speculate",
+        "speculative_tokens",
+        type=click.IntRange(0, 16),
+        default=UpOptions.speculative_tokens,
+        show_default=True,
+        metavar="N",
+        help="guess N tokens ahead from what the text has had before, and check them in one step; quicker where answers"
+        " repeat their prompts and few run at once. min_p and logit_bias are refused then",
+    ),
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(16),
+        metavar="TOKENS",
+        help="compute prompts in pieces of at most so many tokens, so that a long one holds nobody up for long  "
+        "[default: whole]",
+    ),
+    click.option(
         "--tenant-weights",
         metavar="NAME=WEIGHT,...",
         default=UpOptions.tenant_weights,

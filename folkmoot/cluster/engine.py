@@ -33,6 +33,7 @@ SHARED_WITH_PROCESS = (
     *("model_path", "model", "architecture", "redis", "store_namespace", "dtype", "device", "max_model_len"),
     *("max_num_seqs", "seed", "kv_cache_gib", "transport", "combine", "grace_s", "stall_s"),
     *("no_replica_timeout_s", "background_workers", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
+    *("prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
 )
 
 
@@ -93,7 +94,7 @@ class Engine:
             child.kill()
 
     def _process_spec(self) -> dict[str, Any]:
-        """The fields of `engine_process.EngineSpec`."""
+        """The fields of `engine_model.EngineSpec`."""
         spec = self._spec
         feed = str(Path(spec.run_dir) / f"{self._engine}.feed") if spec.moe_layers else None
         metrics_dir = None if spec.metrics == OFF else str(spec.metrics_dir)

@@ -17,20 +17,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from setproctitle import setproctitle
 
 from folkmoot import logs
+from folkmoot.cluster import engine_model
+from folkmoot.cluster.engine_model import EngineSpec
 from folkmoot.cluster.map_feed import MapFeedServer
 from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
 from folkmoot.gateway import tracing
-
-if TYPE_CHECKING:
-    from folkmoot.gateway.queue import Room
 
 log = logging.getLogger(__name__)
 
@@ -40,44 +39,10 @@ PR_SET_PDEATHSIG = 1
 REPORT_EVERY_S = 1.0
 ASK_TIMEOUT_S = 0.5
 GIVE_BACK_S = 2.0
-BATCH_SHARE = 3
-"""quarters of an engine's slots and KV cache that batch requests may hold"""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 SHARED_WITH_DISPATCHER = (
     *("engine", "feed", "secret_file", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
 )
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What an engine process is told at its start. Unknown keys are an error. `feed` None: a dense model."""
-
-    engine: str
-    model_path: str
-    model: str
-    architecture: str
-    redis: str = field(repr=False)
-    store_namespace: str
-    feed: str | None
-    secret_file: str
-    dtype: str
-    device: str
-    max_model_len: int | None
-    max_num_seqs: int
-    max_batch_seqs: int | None
-    batch_rows: int
-    batch_prompt_tokens: int
-    seed: int
-    kv_cache_gib: float
-    transport: str
-    combine: str
-    background_workers: bool
-    stall_s: float
-    no_replica_timeout_s: float
-    grace_s: float
-    metrics_dir: str | None
-    """where the node's endpoint hears of this process (folkmoot.gateway.metrics_server); None: no metrics"""
 
 
 class MapState:
@@ -211,7 +176,7 @@ def _tie_core_to_us(control: Control) -> None:
 
 async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
     began = time.monotonic()
-    llm = _load(spec)
+    llm = engine_model.load(spec)
     _start_traces(spec, llm)
     from folkmoot.cluster.generation import Generator
     from folkmoot.cluster.prompts import Preparer
@@ -225,14 +190,14 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         return maps.is_complete and not llm.errored and not stopping.is_set()
 
     stopping = asyncio.Event()
-    preparer = Preparer(llm, _has_tokenizer(spec), can_replay=spec.device == "cpu")
-    generator = Generator(llm, preparer, spec.max_num_seqs, _batch_room(spec, llm), can_serve)
+    preparer = Preparer(llm, engine_model.has_tokenizer(spec), can_replay=engine_model.can_replay(spec))
+    generator = Generator(llm, preparer, spec.max_num_seqs, engine_model.batch_room(spec, llm), can_serve)
     record = ModelRecord(
         spec.model,
         llm.model_config.max_model_len,
         llm.model_config.get_vocab_size(),
         llm.model_config.max_logprobs,
-        _has_tokenizer(spec),
+        engine_model.has_tokenizer(spec),
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     queue = RequestQueue(Store(spec.redis, spec.store_namespace))
@@ -285,58 +250,6 @@ async def _metrics(spec: EngineSpec, maps: MapState, holder: Any, generator: Any
         except OSError as e:
             log.warning("no metrics are offered: %s", e)
         yield
-
-
-def _load(spec: EngineSpec) -> Any:
-    """vLLM's AsyncLLM for the spec: one core process, forked from here, with its executor inside."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from folkmoot.cluster import replay
-    from folkmoot.experts import vllm_api
-    from folkmoot.experts.vllm_api.runtime import register_eagerly
-
-    register_eagerly(spec.architecture)
-    on_cpu = spec.device == "cpu"
-    arguments = AsyncEngineArgs(
-        model=spec.model_path,
-        served_model_name=spec.model,
-        dtype=spec.dtype,
-        seed=spec.seed,
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_num_seqs,
-        enforce_eager=on_cpu,
-        skip_tokenizer_init=not _has_tokenizer(spec),
-        kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if on_cpu else None,
-        # The processor is for vLLM's first model runner, which is the only one on a CPU.
-        logits_processors=[replay.PROCESSOR] if on_cpu else None,
-        # Not in chunks: for an unfinished prefill vLLM 0.32 takes the draw of a seeded request back by its generator's
-        # offset, which that of a CPU has not. It raises, and the core ends.
-        enable_chunked_prefill=False if on_cpu else None,
-        disable_log_stats=spec.metrics_dir is None,
-        **(vllm_api.engine_arguments(spec.device) if spec.feed is not None else {}),
-    )
-    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
-    if on_cpu:  # vLLM's CPU platform asks for "spawn", which would import everything once more
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    # Its spans say how long things took, too.
-    is_counted = spec.metrics_dir is not None or tracing.is_wanted()
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=not is_counted)
-
-
-def _batch_room(spec: EngineSpec, llm: Any) -> "Room":
-    """What batch requests may hold, so that interactive ones find slots and memory without preempting."""
-    from folkmoot.gateway.queue import Room
-
-    requests = spec.max_batch_seqs or max(1, spec.max_num_seqs * BATCH_SHARE // 4)
-    cache = llm.vllm_config.cache_config
-    return Room(requests, cache.num_gpu_blocks * cache.block_size * BATCH_SHARE // 4)
-
-
-def _has_tokenizer(spec: EngineSpec) -> bool:
-    return any((Path(spec.model_path) / name).exists() for name in TOKENIZER_FILES)
 
 
 async def _wait_for_map(maps: MapState, stopping: asyncio.Event) -> None:

@@ -62,6 +62,15 @@ class ClusterSpec:
     """batch requests that take part in an engine's step beside interactive ones"""
     batch_prompt_tokens: int = 256
     """tokens of batch prompts that begin in one step"""
+    prefix_caching: bool = True
+    """keep the KV cache of prompts' beginnings for others that begin alike"""
+    compiled: bool = False
+    """compile the engine's part of the model (torch.compile)"""
+    speculative_tokens: int = 0
+    """guess so many tokens ahead from what the text has had before (n-grams), and check them in one step; 0: none"""
+    prefill_chunk: int | None = None
+    """compute prompts in pieces of at most so many tokens, and no more of all prompts in a step, where it may be so
+    small beside `max_num_seqs`; None: whole"""
     seed: int = 0
     kv_cache_gib: float = 1.0
     transport: str = "auto"

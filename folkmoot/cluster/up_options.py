@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SHARED_WITH_SPEC = (
     *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
+    *("prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
     *("stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
@@ -73,6 +74,10 @@ class UpOptions:
     """of them batch requests; None: three quarters"""
     batch_rows: int = ClusterSpec.batch_rows
     batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
+    prefix_caching: bool = ClusterSpec.prefix_caching
+    compiled: bool = ClusterSpec.compiled
+    speculative_tokens: int = ClusterSpec.speculative_tokens
+    prefill_chunk: int | None = None
     dtype: str = "auto"
     expert_dtype: str = ClusterSpec.expert_dtype
     device: str = "cpu"

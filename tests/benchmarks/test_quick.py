@@ -30,6 +30,10 @@ KEYS = {
     "balance": {
         *("worst_over_eplb", "worst_over_bound", "moved_bytes_over_eplb", "decide_s_max"),
     },
+    "speed": {
+        *("over_transformers_best", "over_transformers_worst", "over_vllm", "over_vllm_int8", "itl_p99_over_p50"),
+        "over_transformers_tiny_bs4",
+    },
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
         *("tokens_different", "from_zero_first_token_s"),

@@ -50,6 +50,7 @@ class Bench:
             "redis": redis, "store_namespace": namespace, "feed": str(self.folder / "engine.feed"), "dtype": "float32",
             "device": "cpu", "max_model_len": 512, "max_num_seqs": 8, "max_batch_seqs": None,
             "batch_rows": 1, "batch_prompt_tokens": 256, "seed": 0, "kv_cache_gib": 0.1,
+            "prefix_caching": True, "compiled": False, "speculative_tokens": 0, "prefill_chunk": None,
             "transport": "auto", "combine": "rows", "background_workers": False, "stall_s": 1.0,
             "no_replica_timeout_s": PATIENCE_S, "grace_s": 1.0, "metrics_dir": None,
             "secret_file": str(secret.keep(self.folder / "secret")),

@@ -173,6 +173,28 @@ def test_a_compiled_engine_calls_its_dispatcher_at_every_step(runs: Runs, folder
     assert seen["one"]["tokens"] == expected["tokens"]  # their graphs differ, so the last bits of logits may
 
 
+NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2, "num_speculative_tokens": 4}
+
+
+@pytest.mark.slow
+def test_an_engines_speed_ups_change_no_token(runs: Runs, folders: Path) -> None:
+    """In float32, where nothing may differ; and each of them has been at work."""
+    mixtral = str(folders / "mixtral")
+    plain = runs.ask("sped_up", checkpoint=mixtral)
+    assert plain["alone"] == plain["together"] and plain["cached"] == 0
+    assert plain["most_tokens"] > 64 and plain["steps"] >= 64
+    chunked = runs.ask("sped_up", checkpoint=mixtral, enable_chunked_prefill=True, max_num_batched_tokens=48)
+    assert chunked["most_tokens"] <= 48 < 160, "prompts were cut"
+    cached = runs.ask("sped_up", checkpoint=mixtral, enable_prefix_caching=True)
+    assert cached["cached"] >= 3 * 128
+    for fast in (chunked, cached):
+        assert fast["alone"] == fast["together"] == plain["alone"]
+    greedy = runs.ask("sped_up", checkpoint=mixtral, seeded=False)
+    guessed = runs.ask("sped_up", checkpoint=mixtral, seeded=False, speculative_config=NGRAM)
+    assert guessed["alone"] == guessed["together"] == greedy["alone"]
+    assert guessed["steps"] < greedy["steps"], "guesses were right"
+
+
 @pytest.mark.parametrize(
     ("batch_rows", "limits", "preempts"),
     [(1, {"max_num_seqs": 8}, False), (0, {"max_num_seqs": 4}, True), (2, {"num_gpu_blocks_override": 5}, True)],

@@ -160,6 +160,69 @@ def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]
     return {"alone": [seen[f"alone-{i}"] for i in range(5)], "mixed": mixed, "steps": steps, "preempted": preempted}
 
 
+def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str, Any]:
+    """Four requests whose prompts of 160 tokens begin alike, one after the other and then all at once, by an engine
+    with these speed-ups and one expert host. Tokens of each, steps of the second time, most tokens that one step
+    computed, and tokens of prompts that were found in the cache. Every second request is seeded sampling."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    shape = vllm_api.describe(Path(checkpoint))
+    held = {layer: range(shape.num_experts) for layer in shape.moe_layers}
+    dispatcher = InProcessDispatcher([], [held])
+    vllm_api.install(lambda: dispatcher)
+    vllm_api.allow_chunks()
+    plain: dict[str, Any] = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
+    config = EngineArgs(
+        checkpoint, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
+        kv_cache_memory_bytes=1 << 26, seed=0, **{**plain, **arguments},
+    ).create_engine_config()  # fmt: skip
+    vllm_api.use_two_lanes(config, vllm_api.Lanes(1, 256))
+    engine = LLMEngine.from_vllm_config(config)
+    dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), held, dtype="float32")]
+    scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+    sizes: list[int] = []
+    schedule = scheduler.schedule
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        sizes.append(output.total_num_scheduled_tokens)
+        return output
+
+    scheduler.schedule = noted
+    prompts = [[*range(8, 144), *range(200 + 40 * i, 224 + 40 * i)] for i in range(4)]
+    tokens: dict[str, list[int]] = {}
+    cached = 0
+
+    def add(name: str, i: int) -> None:
+        how = {"temperature": 1.0, "seed": i} if seeded and i % 2 else {"temperature": 0.0}
+        sampling = SamplingParams(max_tokens=64, ignore_eos=True, **how)  # type: ignore[arg-type]
+        engine.add_request(name, TokensPrompt(prompt_token_ids=prompts[i]), sampling)
+
+    def finish() -> None:
+        nonlocal cached
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+                cached += (output.num_cached_tokens or 0) if output.finished else 0
+
+    for i in range(4):
+        add(f"alone-{i}", i)
+        finish()
+    sizes.clear()
+    for i in range(4):
+        add(f"together-{i}", i)
+    finish()
+    return {
+        **{name: [tokens[f"{name}-{i}"] for i in range(4)] for name in ("alone", "together")},
+        "steps": len([size for size in sizes if size]),
+        "most_tokens": max(sizes),
+        "cached": cached,
+    }
+
+
 def engine_parameters(llm: Any) -> dict[str, int]:
     """Bytes of the engine's parameters: on the meta device, elsewhere, and elsewhere under a routed expert's name."""
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model

@@ -10,6 +10,7 @@ parent that forks either. Each name is imported when it is first used, because i
     hosted.py      host side: vLLM's own kernels over a subset of experts
     quantised.py   host side: experts that are quantised while they are loaded, and our own kernels
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
+    chunks.py      prompts computed in chunks on a CPU
     lanes.py       a scheduler in which batch requests step back for interactive ones
     traces.py      vLLM's own spans
     private.py     the list of private names relied on, and the check that names what a new version broke
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from folkmoot.experts.vllm_api.checkpoint import ModelShape, describe
 
 if TYPE_CHECKING:
+    from folkmoot.experts.vllm_api.chunks import allow_chunks
     from folkmoot.experts.vllm_api.engine import Dispatch, engine_arguments, install
     from folkmoot.experts.vllm_api.hosted import HostedExperts, LayerKernel, load_experts
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.traces import trace_requests
 
 _HOME = {
+    "allow_chunks": "chunks",
     "Dispatch": "engine",
     "engine_arguments": "engine",
     "install": "engine",
@@ -50,6 +53,7 @@ __all__ = [
     "Lanes",
     "LayerKernel",
     "ModelShape",
+    "allow_chunks",
     "broken_names",
     "describe",
     "engine_arguments",
