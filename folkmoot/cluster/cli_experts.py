@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from folkmoot.cluster import expert_view, live
+from folkmoot.cluster import live
 from folkmoot.cluster.cli_common import Failure, access, address_of, console, gateway_options, watch_options
 from folkmoot.gateway.client import Client
 from folkmoot.gateway.client_errors import FolkmootError
@@ -50,6 +50,8 @@ def experts(
       folkmoot experts --json | jq '.rows_total[0]'
       folkmoot experts --record trace.jsonl --every-s 5      # then: python -m benchmarks.balance --trace trace.jsonl
     """
+    from folkmoot.cluster import expert_view  # it brings numpy
+
     if as_json and record is not None:
         raise click.UsageError("--json and --record exclude each other")
     try:

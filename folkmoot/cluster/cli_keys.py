@@ -17,7 +17,6 @@ from folkmoot.cluster.state_file import StateFolder
 from folkmoot.gateway.api_keys import FRESH_S, ROLES, ApiKey, KeyChanged, KeyStore, UnknownKey
 from folkmoot.gateway.errors import StoreError
 from folkmoot.gateway.limits import Limits
-from folkmoot.gateway.store import Store
 
 T = TypeVar("T")
 
@@ -196,6 +195,7 @@ def _in_store(
     state_dir: Path | None,
 ) -> T:
     """Run `work` on the keys of the chosen store, with errors as one paragraph."""
+    from folkmoot.gateway.store import Store  # it brings the store's client, which other commands do without
 
     async def run(url: str) -> T:
         store = Store(url, namespace or namespace_of(name))

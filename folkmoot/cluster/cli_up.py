@@ -14,12 +14,11 @@ from folkmoot import logs
 from folkmoot.cluster import interrupts
 from folkmoot.cluster.cli_common import Failure, console, name_options, require_file
 from folkmoot.cluster.cli_up_options import up_options
-from folkmoot.cluster.launch import Supervisor
 from folkmoot.cluster.placement import PlacementError
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
 from folkmoot.cluster.up_options import StartError, UpOptions
+from folkmoot.gateway.listen import is_local
 from folkmoot.gateway.metrics_server import OFF
-from folkmoot.gateway.settings import is_local
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,8 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
 
 def _run_foreground(options: UpOptions, timings: bool) -> None:
     """Start, say so, watch until a signal, and end everything, whatever happens."""
+    from folkmoot.cluster.launch import Supervisor  # it brings what only who starts a cluster needs
+
     os.environ.update(logs.variables(options.log_format, options.log_level))
     if is_logged := options.log_format == "json":
         logs.set_up("up")

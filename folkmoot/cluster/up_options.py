@@ -11,7 +11,7 @@ from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.experts import expert_dtype
-from folkmoot.gateway.settings import OPEN_WITHOUT_KEYS, is_local
+from folkmoot.gateway.listen import OPEN_WITHOUT_KEYS, is_local
 
 if TYPE_CHECKING:
     from folkmoot.experts.vllm_api import ModelShape

@@ -16,11 +16,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from folkmoot.gateway.errors import GatewayError, InvalidApiKey, StoreRefused
 from folkmoot.gateway.limits import NO_LIMITS, Limits
-from folkmoot.gateway.store import Store
+
+if TYPE_CHECKING:
+    from folkmoot.gateway.store import Store
 
 ROLES = ("generate", "batch", "status", "admin")
 TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -112,7 +114,7 @@ def _hash(secret: str) -> str:
 class KeyStore:
     """All keys of one Folkmoot. Every method may raise StoreError."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: "Store") -> None:
         self._store = store
         self._key = store.keys.api_keys
 

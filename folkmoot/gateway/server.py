@@ -17,6 +17,7 @@ from folkmoot.gateway.batch_service import BatchService
 from folkmoot.gateway.batch_store import BatchStore
 from folkmoot.gateway.dead_letters import DeadLetters
 from folkmoot.gateway.journal import JournalReader
+from folkmoot.gateway.listen import is_local
 from folkmoot.gateway.metrics import GatewayCounts
 from folkmoot.gateway.metrics_calls import Meter
 from folkmoot.gateway.metrics_gateway import GatewayMetrics
@@ -31,7 +32,7 @@ from folkmoot.gateway.pb import (
 )
 from folkmoot.gateway.queue import RequestQueue
 from folkmoot.gateway.service import FolkmootService
-from folkmoot.gateway.settings import GatewaySettings, is_local
+from folkmoot.gateway.settings import GatewaySettings
 from folkmoot.gateway.store import Store
 from folkmoot.gateway.tls import Certificates
 

@@ -1,6 +1,5 @@
 """What a gateway can be told. Unknown names and values that do not parse stop the start."""
 
-import ipaddress
 import math
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from folkmoot.gateway.batch_store import BatchSettings
+from folkmoot.gateway.listen import OPEN_WITHOUT_KEYS, is_local
 from folkmoot.gateway.queue import QueueSettings
 from folkmoot.gateway.tls import TlsFiles
 
@@ -61,23 +61,6 @@ class GatewaySettings(BaseModel):
         if not (is_local(self.listen) or self.is_guarded or self.insecure):
             raise ValueError(f"listen {self.listen}: {OPEN_WITHOUT_KEYS}")
         return self
-
-
-OPEN_WITHOUT_KEYS = (
-    "on an address that others can reach, callers must be asked who they are: give --require-keys (and make keys with "
-    "`folkmoot keys create`), or --tls-client-ca, or --listen on 127.0.0.1; --insecure serves whoever comes"
-)
-
-
-def is_local(listen: str) -> bool:
-    """Whether only processes of this machine reach an address: loopback, or a unix socket."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def parse_weights(text: str) -> dict[str, float]:
