@@ -14,22 +14,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GptOssConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 512
 MXFP4_BLOCK = 32  # weights that share one power-of-two scale in the OCP microscaling formats
@@ -76,14 +68,21 @@ class Sizes:
         }
 
 
-def _mixtral(s: Sizes) -> PreTrainedConfig:
-    return MixtralConfig(
+def _transformers() -> Any:
+    """Imported only where something is made, since that takes 6 s."""
+    import transformers
+
+    return transformers
+
+
+def _mixtral(s: Sizes) -> "PreTrainedConfig":
+    return _transformers().MixtralConfig(
         **s.common(), num_local_experts=s.num_experts, num_experts_per_tok=s.top_k, sliding_window=None
     )
 
 
-def _qwen3_moe(s: Sizes) -> PreTrainedConfig:
-    return Qwen3MoeConfig(
+def _qwen3_moe(s: Sizes) -> "PreTrainedConfig":
+    return _transformers().Qwen3MoeConfig(
         **s.common(),
         head_dim=32,
         moe_intermediate_size=s.intermediate_size,
@@ -93,9 +92,9 @@ def _qwen3_moe(s: Sizes) -> PreTrainedConfig:
     )
 
 
-def _deepseek_v3(s: Sizes) -> PreTrainedConfig:
+def _deepseek_v3(s: Sizes) -> "PreTrainedConfig":
     # The head sizes are those of the real model, since vLLM's latent attention kernels take only them.
-    config = DeepseekV3Config(
+    config = _transformers().DeepseekV3Config(
         **{**s.common(), "num_attention_heads": 2, "num_key_value_heads": 2},
         moe_intermediate_size=s.intermediate_size,
         n_routed_experts=s.num_experts,
@@ -116,8 +115,8 @@ def _deepseek_v3(s: Sizes) -> PreTrainedConfig:
     return config
 
 
-def _gpt_oss(s: Sizes) -> PreTrainedConfig:
-    return GptOssConfig(
+def _gpt_oss(s: Sizes) -> "PreTrainedConfig":
+    return _transformers().GptOssConfig(
         **s.common(),
         head_dim=32,
         num_local_experts=s.num_experts,
@@ -131,8 +130,8 @@ def _gpt_oss(s: Sizes) -> PreTrainedConfig:
     )
 
 
-def _llama4(s: Sizes, every: int = 1) -> PreTrainedConfig:
-    return Llama4TextConfig(
+def _llama4(s: Sizes, every: int = 1) -> "PreTrainedConfig":
+    return _transformers().Llama4TextConfig(
         **s.common(),
         head_dim=32,
         intermediate_size_mlp=2 * s.intermediate_size,
@@ -143,11 +142,11 @@ def _llama4(s: Sizes, every: int = 1) -> PreTrainedConfig:
     )
 
 
-def _llama(s: Sizes) -> PreTrainedConfig:
-    return LlamaConfig(**s.common())
+def _llama(s: Sizes) -> "PreTrainedConfig":
+    return _transformers().LlamaConfig(**s.common())
 
 
-ARCHITECTURES: dict[str, Callable[[Sizes], PreTrainedConfig]] = {
+ARCHITECTURES: dict[str, Callable[[Sizes], "PreTrainedConfig"]] = {
     "llama4": _llama4,
     "llama4_interleaved": lambda s: _llama4(s, every=2),
     "mixtral": _mixtral,
@@ -184,7 +183,7 @@ def measure_sized(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def tokenizer(vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+def tokenizer(vocab_size: int = VOCABULARY) -> "PreTrainedTokenizerFast":
     """A real byte-level tokenizer of at most `vocab_size` tokens, trained here, that can spell any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -194,15 +193,17 @@ def tokenizer(vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(CORPUS, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=SPECIAL_TOKENS[0], eos_token=SPECIAL_TOKENS[1])
+    fast = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=SPECIAL_TOKENS[0], eos_token=SPECIAL_TOKENS[1]
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
-def _write(config: PreTrainedConfig, path: Path, *, dtype: str, seed: int, shard_size: str) -> None:
+def _write(config: "PreTrainedConfig", path: Path, *, dtype: str, seed: int, shard_size: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = _transformers().AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
@@ -212,7 +213,7 @@ def _write(config: PreTrainedConfig, path: Path, *, dtype: str, seed: int, shard
     tokenizer(config.vocab_size).save_pretrained(path)
 
 
-def _fill(name: str, tensor: torch.Tensor, config: PreTrainedConfig, generator: torch.Generator) -> None:
+def _fill(name: str, tensor: torch.Tensor, config: "PreTrainedConfig", generator: torch.Generator) -> None:
     """Random values for one tensor, by its kind: about unit gain for matrices, near one for norms, small for biases."""
     if not tensor.is_floating_point():
         return
@@ -232,7 +233,7 @@ def _gain(name: str) -> float:
     return 1.5 if "down" in name or "experts" in name else 1.0
 
 
-def _fan_in(tensor: torch.Tensor, config: PreTrainedConfig) -> int:
+def _fan_in(tensor: torch.Tensor, config: "PreTrainedConfig") -> int:
     """Inputs of one output. Matrices are [out, in]; Llama 4 and gpt-oss stack their experts as [expert, in, out]."""
     in_first = tensor.ndim == 3 and config.model_type in ("llama4_text", "gpt_oss")
     return tensor.shape[-2] if in_first else tensor.shape[-1]

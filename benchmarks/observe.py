@@ -24,7 +24,6 @@ from typing import Any
 
 import grpc
 
-from benchmarks.checkpoints import tiny
 from benchmarks.clusters import Cluster
 from benchmarks.gateway import CONCURRENT, MODEL, free_port, gateway_process, process, rate, serve_alone
 from benchmarks.load import Load, greedy
@@ -206,6 +205,8 @@ async def of_clusters(clusters: Mapping[str, Cluster], times: int, seconds: floa
 @contextmanager
 def three_clusters(endpoint: str) -> Iterator[dict[str, Cluster]]:
     """Of one tiny model."""
+    from benchmarks.checkpoints import tiny  # it brings torch, which the processes that are measured do without
+
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
         model = tiny("mixtral", folder / "model")
@@ -236,6 +237,8 @@ async def draw(cluster: Cluster, prometheus: Prometheus, seconds: float, path: P
 
 def show(path: Path, seconds: float) -> None:
     """Start a small cluster and a Prometheus, and draw the panels."""
+    from benchmarks.checkpoints import tiny
+
     with tempfile.TemporaryDirectory(prefix="fm-ob-") as name, Cluster(tiny("mixtral", Path(name) / "m"), CLUSTER) as c:
         assert c.state.metrics is not None
         target = c.state.metrics.removeprefix("http://").partition("/")[0]
