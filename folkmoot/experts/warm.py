@@ -258,7 +258,10 @@ def main(argv: list[str] | None = None) -> None:
     gc.enable()
     gc.freeze()  # a collection in a child would touch, and so copy, every inherited page
     log.info("imported in %.1f s, %d threads", time.monotonic() - began, threading.active_count())
-    serve_forks(args.socket, sys.stdin if args.with_parent else None)
+    with contextlib.suppress(SystemExit):  # SIGTERM
+        serve_forks(args.socket, sys.stdin if args.with_parent else None)
+    logging.shutdown()
+    os._exit(0)  # to take apart what was imported takes a third of a second, and brings warnings
 
 
 def serve_forks(socket_path: Path, owner: Any = None, on_listening: Callable[[], None] = lambda: None) -> None:

@@ -5,7 +5,8 @@ as callable kernels. `install` arms the engine side: a vLLM whose routed experts
 parent that forks either. Each name is imported when it is first used, because importing vLLM takes many seconds.
 
     checkpoint.py  names and headers of a safetensors checkpoint; light
-    runtime.py     engine configuration, one-rank world, imports before a fork
+    imports.py     what a parent imports before it forks; light
+    runtime.py     engine configuration, one-rank world
     loader.py      the model on the meta device, and any experts of it, read by vLLM's own loaders
     hosted.py      host side: vLLM's own kernels over a subset of experts
     quantised.py   host side: experts that are quantised while they are loaded, and our own kernels
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.chunks import allow_chunks
     from folkmoot.experts.vllm_api.engine import Dispatch, engine_arguments, install
     from folkmoot.experts.vllm_api.hosted import HostedExperts, LayerKernel, load_experts
+    from folkmoot.experts.vllm_api.imports import preimport
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
-    from folkmoot.experts.vllm_api.runtime import preimport
     from folkmoot.experts.vllm_api.traces import trace_requests
 
 _HOME = {
@@ -42,7 +43,7 @@ _HOME = {
     "use_two_lanes": "lanes",
     "VLLM_VERSION": "private",
     "broken_names": "private",
-    "preimport": "runtime",
+    "preimport": "imports",
     "trace_requests": "traces",
 }
 

@@ -1,9 +1,8 @@
-"""What both sides need of a vLLM process: imports before a fork, an engine configuration, a world of one rank."""
+"""What both sides need of a vLLM process: an engine configuration, a world of one rank."""
 
-import gc
 import importlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,37 +19,6 @@ from vllm.distributed.parallel_state import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.registry import _RegisteredModel
-
-_HEAVY = (
-    "vllm.v1.engine.async_llm",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.entrypoints.llm",
-    "vllm.model_executor.model_loader",
-    "vllm.model_executor.layers.fused_moe.layer",
-    "vllm.model_executor.layers.quantization.mxfp4",
-    "vllm.model_executor.layers.quantization.online.base",
-    "vllm.model_executor.models.mixtral",
-    "vllm.tokenizers",
-    "folkmoot.experts.vllm_api.hosted",
-    "folkmoot.experts.vllm_api.quantised",
-    "folkmoot.experts.vllm_api.engine",
-)
-_HEAVY_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
-
-
-def preimport(architectures: Sequence[str] = (), *, device: str = "cpu") -> None:
-    """Import what an engine or an expert host needs, so that a forked child starts in about a second.
-
-    Starts no thread and initialises neither OpenMP nor an accelerator. `architectures` are names as in config.json;
-    their model classes are imported too, and vLLM's inspection of them, which else starts another interpreter, is done.
-    """
-    for module in _HEAVY + (_HEAVY_CPU if device == "cpu" else ()):
-        importlib.import_module(module)
-    for architecture in architectures:
-        register_eagerly(architecture)
-    gc.collect()
-    gc.freeze()  # a child's collections then pass over what is imported: they would copy its pages, for over a second
 
 
 def register_eagerly(architecture: str) -> None:
