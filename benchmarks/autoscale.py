@@ -1,10 +1,10 @@
 """Autoscaling: deadlines met and engine-hours spent, in the simulator and on real engines.
 
-First days of interactive work and batches in the simulator: the policy that the cluster uses, variants of it, and the
-rule that counts requests in a queue, against an oracle that knows the day beforehand and against the smallest fixed
-fleet that does as well. Then a real cluster with a tiny model, whose engines go up to two, down to none and up again
-while requests run; and, without --quick, the same on nodes that Ray's own autoscaler adds and takes away (fake ones, on
-this machine, in namespaces of their own).
+First days of interactive work and batches in the simulator: the policy that the cluster uses and, without --quick,
+variants of it and the rule that counts requests in a queue, against an oracle that knows the day beforehand and against
+the smallest fixed fleet that does as well. Then a real cluster with a tiny model, whose engines go up to two, down to
+none and up again while requests run; and, without --quick, the same on nodes that Ray's own autoscaler adds and takes
+away (fake ones, on this machine, in namespaces of their own).
 
     python -m benchmarks.autoscale --json autoscale.json
 """
@@ -52,8 +52,9 @@ class ByQueue:
         return self.limits.clip(max(n for _, n in self._since))
 
 
+OURS = "the policy"
 PLANNERS: dict[str, Callable[[World], Planner]] = {
-    "the policy": lambda world: Autoscaled(LIMITS),
+    OURS: lambda world: Autoscaled(LIMITS),
     "no head room": lambda world: Autoscaled(LIMITS, Policy(head_room=0.0)),
     "more head room (1)": lambda world: Autoscaled(LIMITS, Policy(head_room=1.0)),
     "no reserve": lambda world: Autoscaled(LIMITS, Policy(margin=0.0)),
@@ -70,10 +71,10 @@ class Day:
     world: World
 
 
-def simulate(days: Sequence[Day]) -> dict[str, object]:
-    """All planners on all days; prints the table, and returns the figures of the policy."""
-    outcomes = {name: [run(d.trace, make(d.world), d.world) for d in days] for name, make in PLANNERS.items()}
-    ours = outcomes["the policy"]
+def simulate(days: Sequence[Day], planners: Sequence[str]) -> dict[str, object]:
+    """These planners, of which one is the policy, on all days; prints the table, and returns the policy's figures."""
+    outcomes = {name: [run(d.trace, PLANNERS[name](d.world), d.world) for d in days] for name in planners}
+    ours = outcomes[OURS]
     oracles = [_oracle(d, o, Policy.head_room) for d, o in zip(days, ours, strict=True)]
     bounds = [_oracle(d, o, 0.0) for d, o in zip(days, ours, strict=True)]
     fleets = [
@@ -173,7 +174,7 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     figures: dict[str, object] = {}
     if args.only in (None, "simulated"):
-        figures |= simulate(days(args.quick))
+        figures |= simulate(days(args.quick), [OURS] if args.quick else list(PLANNERS))
     if args.only in (None, "real"):
         figures |= here()
     if args.only == "nodes" or (args.only is None and not args.quick):

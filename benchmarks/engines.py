@@ -45,7 +45,10 @@ def engine_main(spec: dict[str, Any], control: Control) -> None:
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(spec["dispatch"])
     from vllm import LLM
 
+    from folkmoot.experts.vllm_api.runtime import register_eagerly
+
     began = time.monotonic()
+    register_eagerly(vllm_api.describe(Path(spec["checkpoint"])).architecture)
     arguments = {**PLAIN, **spec["arguments"]}
     llm = LLM(spec["checkpoint"], **{name: value for name, value in arguments.items() if value is not None})
     control.send({"load_s": time.monotonic() - began})
@@ -213,7 +216,7 @@ class Bench:
     """A context in which engines and pools are started, and ended when it closes."""
 
     _stack: ExitStack = field(default_factory=ExitStack)
-    _parents: dict[tuple[tuple[str, str], ...], warm.WarmParent] = field(default_factory=dict)
+    _parents: dict[tuple[tuple[str, str], ...], Path] = field(default_factory=dict)
 
     def __enter__(self) -> "Bench":
         self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-")))
@@ -222,11 +225,9 @@ class Bench:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def parent(self, environment: Mapping[str, str] | None = None) -> warm.WarmParent:
-        """A warm parent with these variables beside the defaults: OpenMP reads its own when it is loaded.
-
-        None stands for Folkmoot's own settings, an empty mapping for vLLM's.
-        """
+    def begin_parent(self, environment: Mapping[str, str] | None = None) -> Path:
+        """Start a warm parent, unless it is started, without waiting: its socket. Two import as fast as one where there
+        are two cores."""
         variables = warm.OPENMP if environment is None else environment
         key = tuple(sorted(variables.items()))
         if key not in self._parents:
@@ -234,8 +235,15 @@ class Bench:
             process = warm.start(path, path.with_suffix(".log"), environment=variables)
             self._stack.callback(process.wait, 10)
             self._stack.callback(process.terminate)
-            self._parents[key] = warm.connect(path)
+            self._parents[key] = path
         return self._parents[key]
+
+    def parent(self, environment: Mapping[str, str] | None = None) -> warm.WarmParent:
+        """A warm parent with these variables beside the defaults: OpenMP reads its own when it is loaded.
+
+        None stands for Folkmoot's own settings, an empty mapping for vLLM's.
+        """
+        return warm.connect(self.begin_parent(environment))
 
     def engine(
         self,

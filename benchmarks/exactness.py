@@ -14,6 +14,7 @@ of monolithic vLLM's own bf16 answers equal its float32 ones.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from benchmarks.checkpoints import ARCHITECTURES, tiny
 from benchmarks.engines import FULL_LOGITS, Bench, Engine, prompts_of
 from benchmarks.questions import QUESTIONS
 from folkmoot.cluster import demo_model
-from folkmoot.experts import vllm_api
+from folkmoot.experts import vllm_api, warm
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]  # [prompts, steps, vocabulary]
 
 PLACEMENTS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2))  # hosts, replicas
 QUICK_PLACEMENTS = ((1, 1), (2, 1), (2, 2))
+FIGURES = ("placement", "bf16", "fp32", "transformers")
+QUICK = {"mixtral": ("placement", "fp32"), "llama4": ("placement", "bf16")}
+"""Of each of two architectures what it must be exact in."""
 DENSE = "llama"
 FLOAT32_ARGUMENTS = {"deepseek_v3": {"attention_backend": "CPU_MLA"}}
 """vLLM's default attention for this one takes no float32 on a CPU."""
@@ -98,8 +102,8 @@ class Subject:
         return Run(*engine.logits(self.prompts, self.num_tokens, path))
 
     def monolithic(self, dtype: str) -> Run:
-        """Monolithic vLLM."""
-        engine = self.bench.engine(self.checkpoint, openmp=None, **self.arguments(dtype)).wait()
+        """Monolithic vLLM; OpenMP's settings, which are ours here, change how fast it is and nothing else."""
+        engine = self.bench.engine(self.checkpoint, openmp=warm.OPENMP, **self.arguments(dtype)).wait()
         run = self.answer(engine)
         engine.close()
         return run
@@ -122,23 +126,22 @@ class Subject:
         return runs
 
 
-def examine(subject: Subject, placements: tuple[tuple[int, int], ...], with_transformers: bool) -> dict[str, float]:
-    """All figures of one architecture."""
+def examine(subject: Subject, placements: tuple[tuple[int, int], ...], wanted: Sequence[str]) -> dict[str, float]:
+    """The wanted ones of FIGURES of one architecture, the others NaN; "transformers" only beside "bf16"."""
+    figures = dict.fromkeys(FIGURES, float("nan"))
     runs = subject.hosted("bfloat16", placements)
-    mono = subject.monolithic("bfloat16")
-    figures = {
-        "placement": max(largest_difference(runs[0], r, "logits") for r in runs),
-        "bf16": largest_difference(runs[0], mono, "logprobs"),
-        "fp32": float("nan"),
-        "transformers": float("nan"),
-    }
-    try:
-        exact = subject.monolithic("float32")
-        figures["fp32"] = largest_difference(subject.hosted("float32", placements[-1:])[0], exact, "logprobs")
-    except RuntimeError as e:
-        print(f"{subject.checkpoint.name}: not run in float32: {str(e)[:200]}")
-    if with_transformers:
-        figures["transformers"] = transformers_distance(subject.checkpoint, subject.prompts, mono)
+    figures["placement"] = max(largest_difference(runs[0], r, "logits") for r in runs)
+    if "bf16" in wanted:
+        mono = subject.monolithic("bfloat16")
+        figures["bf16"] = largest_difference(runs[0], mono, "logprobs")
+        if "transformers" in wanted:
+            figures["transformers"] = transformers_distance(subject.checkpoint, subject.prompts, mono)
+    if "fp32" in wanted:
+        try:
+            exact = subject.monolithic("float32")
+            figures["fp32"] = largest_difference(subject.hosted("float32", placements[-1:])[0], exact, "logprobs")
+        except RuntimeError as e:
+            print(f"{subject.checkpoint.name}: not run in float32: {str(e)[:200]}")
     return figures
 
 
@@ -157,7 +160,7 @@ def demo_answers(bench: Bench, num_prompts: int, num_tokens: int) -> dict[str, o
     answers: dict[str, list[list[int]]] = {}
     for name, dtype in (("ours", "bfloat16"), ("vllm", "bfloat16"), ("vllm fp32", "float32")):
         pool = bench.pool(checkpoint, 2) if name == "ours" else None
-        engine = bench.engine(checkpoint, pool=pool, openmp=None, dtype=dtype).wait()
+        engine = bench.engine(checkpoint, pool=pool, openmp=warm.OPENMP, dtype=dtype).wait()
         answers[name] = engine.generate(prompts, num_tokens, ignore_eos=False)["tokens"]
         engine.close()
         if pool is not None:
@@ -175,7 +178,7 @@ def demo_answers(bench: Bench, num_prompts: int, num_tokens: int) -> dict[str, o
 def main() -> None:
     """Measure and report."""
     args = report.parser(__doc__).parse_args()
-    architectures = ["mixtral", "llama4"] if args.quick else list(ARCHITECTURES)
+    architectures = list(QUICK if args.quick else ARCHITECTURES)
     if not args.quick and not report.has_amx():
         architectures.remove("gpt_oss_mxfp4")
         print("left out: gpt_oss_mxfp4, for which vLLM has no kernel on a processor without AMX")
@@ -187,9 +190,9 @@ def main() -> None:
         for architecture in architectures:
             subject = Subject(bench, tiny(architecture, Path(name) / architecture), prompts, num_tokens)
             # transformers has no CPU kernel for mxfp4, and a dense model has nothing to place
-            reference = not args.quick and architecture not in (DENSE, "gpt_oss_mxfp4")
-            placements = QUICK_PLACEMENTS if args.quick else PLACEMENTS
-            results[architecture] = examine(subject, placements, reference)
+            every = FIGURES[:-1] if architecture in (DENSE, "gpt_oss_mxfp4") else FIGURES
+            wanted, placements = (QUICK[architecture], QUICK_PLACEMENTS) if args.quick else (every, PLACEMENTS)
+            results[architecture] = examine(subject, placements, wanted)
             print(architecture, results[architecture], flush=True)
         if not args.quick:
             figures.update(demo_answers(bench, 50, 64))

@@ -38,6 +38,7 @@ class Pair:
 
 def load(bench: Bench, checkpoint: Path, num_hosts: int = 2) -> Pair:
     """One pool with an engine, and a monolith; one loads after the other."""
+    bench.begin_parent({})
     pool = bench.pool(checkpoint, num_hosts, replicas=num_hosts)  # as `folkmoot up` does: weights are shared
     ours = bench.engine(checkpoint, pool=pool, dispatch={"background_workers": True}).wait()  # as `folkmoot up` does
     return Pair(pool, ours, bench.engine(checkpoint, openmp={}).wait())

@@ -18,6 +18,7 @@ import torch
 
 from folkmoot.cluster import replay
 from folkmoot.experts import vllm_api
+from folkmoot.experts.vllm_api.runtime import register_eagerly
 
 PROMPTS = (
     "What is the capital of France?",
@@ -80,6 +81,7 @@ def generate(llm: Any, num_tokens: int) -> dict[str, Any]:
 def load(checkpoint: str, dtype: str, **extra: Any) -> Any:
     from vllm import LLM
 
+    register_eagerly(vllm_api.describe(Path(checkpoint)).architecture)
     return LLM(
         checkpoint, dtype=dtype, enforce_eager=extra.pop("enforce_eager", True), max_model_len=128, max_num_seqs=16,
         kv_cache_memory_bytes=1 << 26, enable_prefix_caching=False, seed=0, **extra,
@@ -119,6 +121,7 @@ def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    register_eagerly(vllm_api.describe(Path(checkpoint)).architecture)
     arguments = EngineArgs(
         checkpoint, dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 26, seed=0,
         enable_prefix_caching=False, enable_chunked_prefill=False, logits_processors=[replay.PROCESSOR], **limits,
