@@ -28,6 +28,7 @@ import grpc
 import redis.asyncio as aioredis
 
 from benchmarks.report import finish, parser, table
+from folkmoot.cluster import ray_head
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
@@ -160,14 +161,15 @@ def ray_serve_ingress() -> Iterator[str]:
 
     port = free_port()
     temp = tempfile.mkdtemp(prefix="fmr-")  # short: Ray puts unix sockets under it
-    ray.init(
-        address="local",
-        num_cpus=2,
-        namespace=f"bench-{os.getpid()}",
-        include_dashboard=False,
-        _temp_dir=temp,
-        log_to_driver=False,
-    )
+    with ray_head.bare():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            namespace=f"bench-{os.getpid()}",
+            include_dashboard=False,
+            _temp_dir=temp,
+            log_to_driver=False,
+        )
     try:
         added = "folkmoot.gateway.pb.gateway_pb2_grpc.add_FolkmootServicer_to_server"
         serve.start(

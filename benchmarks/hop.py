@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import report
+from folkmoot.cluster import ray_head
 from folkmoot.experts import expert_map as em
 from folkmoot.experts import secret, warm
 from folkmoot.experts.dispatch_config import DispatchConfig
@@ -201,10 +202,11 @@ def run_ray(sizes: dict[str, int], calls: int, figures: dict[str, object]) -> li
 
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory(prefix="fmr-") as temporary:
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False,
-            object_store_memory=200 << 20, configure_logging=False,
-        )  # fmt: skip
+        with ray_head.bare():
+            ray.init(
+                address="local", num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False,
+                object_store_memory=200 << 20, configure_logging=False,
+            )  # fmt: skip
         try:
             for hosts in (1, 4):
                 for name, size in sizes.items():

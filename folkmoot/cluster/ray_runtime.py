@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from folkmoot.cluster import ray_head
 from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.cluster.wish import first_wish
@@ -52,7 +53,7 @@ def connect(address: str | None, namespace: str, temp_dir: Path, num_cpus: int, 
     import ray  # reads its settings now
 
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), ray_head.bare() if address is None else contextlib.nullcontext():
         context = ray.init(**arguments)
     signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own
     return str(context.address_info["address"])

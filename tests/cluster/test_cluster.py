@@ -82,6 +82,17 @@ def test_the_clusters_secret_is_nowhere_but_in_its_file(cluster: Cluster, client
     assert shared.decode() not in json.dumps(cluster.status())
 
 
+def test_its_ray_has_neither_monitors_nor_a_dashboard(cluster: Cluster) -> None:
+    """They would be Python programs in Ray's own folder, or call themselves so."""
+    lines = []
+    for pid in processes_of(cluster.marker):
+        with contextlib.suppress(OSError):  # one that has ended
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "))
+    assert any("/raylet " in line for line in lines) and any("ray_agent.py" in line for line in lines)
+    extras = ("/dashboard.py", "/monitor.py", "/log_monitor.py", "ray::Dashboard")
+    assert not [line for line in lines if any(extra in line for extra in extras)]
+
+
 def test_chat_goes_through_the_models_own_template(client: Client, mixtral: Path) -> None:
     from transformers import AutoTokenizer
 
