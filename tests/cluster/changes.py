@@ -32,13 +32,14 @@ def kill(*pids: int) -> None:
 
 
 @contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """A process that does not run for a while."""
-    os.kill(pid, signal.SIGSTOP)
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes that do not run for a while."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        if is_alive(pid):
+        for pid in filter(is_alive, pids):
             os.kill(pid, signal.SIGCONT)
 
 

@@ -147,25 +147,6 @@ def test_an_interrupted_start_leaves_nothing_behind(no_cluster: Cluster, mixtral
 
 
 @pytest.mark.slow
-def test_a_killed_supervisor_takes_everything_with_it(no_cluster: Cluster, mixtral: Path) -> None:
-    no_cluster.up("--model", str(mixtral))
-    pid = json.loads((no_cluster.state_dir / "default" / "state.json").read_text())["pid"]
-    os.kill(pid, signal.SIGKILL)
-
-    def gone() -> bool:
-        # Ray's own agents try for a minute to tell a Ray that is gone; all others must be quick.
-        left = processes_of(no_cluster.marker).values()
-        return all(c.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent")) for c in left)
-
-    eventually(gone, 20.0, "processes gone")
-    for pid in processes_of(no_cluster.marker):
-        os.kill(pid, signal.SIGKILL)
-    done = no_cluster.run("status")
-    assert done.returncode == 1
-    assert "no cluster runs" in done.stderr
-
-
-@pytest.mark.slow
 def test_generate_status_and_bench_on_a_running_cluster(cluster: Cluster) -> None:
     done = cluster.run("generate", "Each expert", "--max-tokens", "8")
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from folkmoot.cluster.processes import descendants, is_alive
-from folkmoot.gateway.client import Chunk, ServerError
+from folkmoot.gateway.client import Chunk, NotFound, ServerError
+from folkmoot.gateway.pb import gateway_pb2 as pb
 from tests.cluster.changes import stopped
 from tests.cluster.conftest import Cluster, eventually, processes_of, temp_of
 
@@ -290,32 +291,60 @@ def kill_all(pids: Iterable[int]) -> list[int]:
     return alive
 
 
-def test_everything_is_killed_and_started_again(no_cluster: Cluster, mixtral: Path) -> None:
-    """As a power cut does it: the queue is found, and a client that knows its request gets the whole answer."""
+def test_everything_is_killed_and_started_again(cluster: Cluster, mixtral: Path) -> None:
+    """As a power cut does it: the queue is found, and a client that knows its request gets the whole answer. It
+    leaves another cluster under the name."""
     chosen = {"greedy": "greedy", "seeded": "seeded", "waits": "penalties"}
     options = {name: {**OPTIONS[kind], "max_tokens": 2 * LENGTH} for name, kind in chosen.items()}
-    arguments = ("--model", str(mixtral), *ARGUMENTS[:-2], "--max-num-seqs", "2")
-    no_cluster.up(*arguments)
-    undisturbed = {name: ask(no_cluster, one) for name, one in options.items()}
-    finish(no_cluster, list(undisturbed.values()))
-    state = json.loads((no_cluster.state_dir / no_cluster.name / "state.json").read_text())
+    undisturbed = {name: ask(cluster, one) for name, one in options.items()}
+    finish(cluster, list(undisturbed.values()))
+    engines = two_engines(cluster).values()
     # Found beforehand, since looking takes as long as a short answer.
-    everything = [state["pid"], *processes_of(no_cluster.marker)]
+    everything = [pid_of_supervisor(cluster), *processes_of(cluster.marker)]
     assert len(everything) > 8
-    begun = {name: ask(no_cluster, {**one, "detach": True}) for name, one in options.items()}
-    running = [begun["greedy"], begun["seeded"]]
-    eventually(lambda: all(len(a.tokens) >= 40 for a in running), 60.0, "two of them have begun")
-    kill_all(everything)
-    eventually(lambda: not kill_all(processes_of(no_cluster.marker)), 20.0, "nothing is left")
+    begun = {name: ask(cluster, {**options[name], "detach": True}) for name in ("greedy", "seeded")}
+    eventually(lambda: all(len(a.tokens) >= 40 for a in begun.values()), 60.0, "two of them have begun")
+    with stopped(*(engine["pid"] for engine in engines)):  # who does not run leases nothing
+        begun["waits"] = ask(cluster, {**options["waits"], "detach": True})
+        eventually(lambda: state_of(cluster, begun["waits"]) == pb.QUEUED, 20.0, "the third one waits")
+        kill_all(everything)
+    eventually(lambda: not kill_all(processes_of(cluster.marker)), 20.0, "nothing is left")
     assert all(len(a.tokens) < 2 * LENGTH for a in begun.values()), "killed in the middle"
-    no_cluster.up(*arguments)
-    try:
-        with no_cluster.client() as client, ThreadPoolExecutor() as pool:
-            read = pool.map(lambda a: list(client.follow(a.request_id)), begun.values())
-            found = {name: Answer("", chunks) for name, chunks in zip(begun, read, strict=True)}
-            assert_same(found, undisturbed)
-            for name in ("greedy", "seeded"):
-                assert begun[name].tokens == undisturbed[name].tokens[: len(begun[name].tokens)]
-                assert client.request(begun[name].request_id).attempts == 2
-    finally:
-        no_cluster.down()
+    assert not begun["waits"].tokens
+    cluster.up("--model", str(mixtral), *ARGUMENTS)
+    with cluster.client() as client, ThreadPoolExecutor() as pool:
+        read = pool.map(lambda a: list(client.follow(a.request_id)), begun.values())
+        found = {name: Answer("", chunks) for name, chunks in zip(begun, read, strict=True)}
+        assert_same(found, undisturbed)
+        for name in ("greedy", "seeded"):
+            assert begun[name].tokens == undisturbed[name].tokens[: len(begun[name].tokens)]
+            assert client.request(begun[name].request_id).attempts == 2
+
+
+def test_a_killed_supervisor_takes_everything_with_it(cluster: Cluster) -> None:
+    """The last one here: it leaves no cluster."""
+    assert pid_of_supervisor(cluster) in processes_of(cluster.marker)
+    os.kill(pid_of_supervisor(cluster), signal.SIGKILL)
+
+    def gone() -> bool:
+        # Ray's own agent tries for a minute to tell a Ray that is gone; all others must be quick.
+        left = processes_of(cluster.marker).values()
+        return all(c.startswith("ray::RuntimeEnvAgent") for c in left)
+
+    eventually(gone, 20.0, "processes gone")
+    kill_all(processes_of(cluster.marker))
+    done = cluster.run("status")
+    assert done.returncode == 1
+    assert "no cluster runs" in done.stderr
+
+
+def pid_of_supervisor(cluster: Cluster) -> int:
+    pid: int = json.loads((cluster.state_dir / cluster.name / "state.json").read_text())["pid"]
+    return pid
+
+
+def state_of(cluster: Cluster, answer: Answer) -> int:
+    """The request's, as the gateway knows it; 0 where it does not know it yet."""
+    with cluster.client() as client, contextlib.suppress(NotFound):
+        return int(client.request(answer.request_id).state)
+    return 0
