@@ -23,17 +23,14 @@ from tests.cluster.changes import (
     tokens,
     tokens_with_kill,
 )
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, running
+from tests.cluster.conftest import Cluster, eventually, processes_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def fragile(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """2 expert hosts, 1 replica of each expert, one engine: no expert can be missed."""
-    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
-    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
-        yield cluster
+def fragile(small_cluster: Cluster) -> Cluster:
+    return small_cluster
 
 
 @pytest.fixture

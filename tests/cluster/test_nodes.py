@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,12 @@ def join(one: Node, two: Node) -> None:
         # On the loopback too: with one end of the pair the other one vanishes, and a node keeps its address.
         node.run("ip", "address", "add", f"{node.ip}/32", "dev", "lo")
         node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
-        node.run("ip", "link", "set", "veth0", "up")
-        node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
+        link_up(node)
+
+
+def link_up(node: Node) -> None:
+    node.run("ip", "link", "set", "veth0", "up")
+    node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
 
 
 def ray_start(node: Node, *arguments: str) -> None:
@@ -131,8 +136,9 @@ def ray_start(node: Node, *arguments: str) -> None:
     node.run(str(Path(sys.executable).with_name("ray")), "start", *arguments, *options)
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
+    """Joined by a link; at the end none of their processes is left."""
     if (reason := why_not()) is not None:
         pytest.skip(f"two nodes need network namespaces: {reason}")
     temp = Path(f"/tmp/fn-{secrets.token_hex(4)}")
@@ -141,7 +147,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     try:
         token = secrets.token_hex(32)
         for number in (1, 2):
-            made.append(make_node(number, tmp_path, temp, token))
+            made.append(make_node(number, folder, temp, token))
         join(*made)
         yield made[0], made[1]
     finally:
@@ -150,6 +156,12 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
                 node.kill()
         temp.rmdir()  # nothing was ever written there: each node had its own in its place
         assert [pid for pid in members(made) if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    with two_nodes(tmp_path) as nodes:
+        yield nodes
 
 
 def members(made: list[Node]) -> list[int]:
@@ -166,24 +178,35 @@ def members(made: list[Node]) -> list[int]:
     return found
 
 
-@pytest.fixture
-def up(nodes: tuple[Node, Node], mixtral: Path, tmp_path: Path) -> tuple[Node, Node]:
+@pytest.fixture(scope="module")
+def up(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
     """A cluster of 4 hosts, 2 of them on each node, so that each node has every expert; the engine on the first."""
-    one, two = nodes
-    ray_start(one, "--head", "--port", "6379", "--num-cpus", "1", "--include-dashboard", "false")
-    ray_start(two, "--address", HEAD, "--num-cpus", "1")
-    command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(tmp_path / "state")]
-    command += ["--model", str(mixtral), "--address", HEAD, "--hosts", "4", "--replicas", "2"]
-    command += ["--listen", GATEWAY, "--insecure"]
-    one.run(*command, "--cpus-per-host", "0.4", *FLOAT32, timeout_s=240.0)
-    status = eventually(lambda: status_of(one), 10.0, "the router has written its status")
+    folder = tmp_path_factory.mktemp("nodes")
+    with two_nodes(folder) as (one, two):
+        ray_start(one, "--head", "--port", "6379", "--num-cpus", "1", "--include-dashboard", "false")
+        ray_start(two, "--address", HEAD, "--num-cpus", "1")
+        command = [sys.executable, "-m", "folkmoot.cluster.cli", "up", "--detach", "--state-dir", str(folder / "state")]
+        command += ["--model", str(mixtral), "--address", HEAD, "--hosts", "4", "--replicas", "2"]
+        command += ["--listen", GATEWAY, "--insecure"]
+        one.run(*command, "--cpus-per-host", "0.4", *FLOAT32, timeout_s=240.0)
+        assert list(one.private.glob("folkmoot-*/engine-*.feed")), "the engine is on the first node"
+        yield one, two
+
+
+@pytest.fixture
+def whole(up: tuple[Node, Node]) -> tuple[Node, Node]:
+    """All four hosts live, and each node alone has every expert."""
+    status = eventually(lambda: s if is_whole(s := status_of(up[0])) else None, 90.0, "all four hosts live")
     of_node: dict[str, set[int]] = {}
     for host in status["hosts"]:
         of_node.setdefault(host["node"], set()).update(host["experts"])
-    assert list(of_node.values()) == [set(range(8))] * 2, "each node alone has every expert"
+    assert list(of_node.values()) == [set(range(8))] * 2
     assert sorted(Counter(host["node"] for host in status["hosts"]).values()) == [2, 2]
-    assert list(one.private.glob("folkmoot-*/engine-*.feed")), "the engine is on the first node"
-    return nodes
+    return up
+
+
+def is_whole(status: dict[str, Any]) -> bool:
+    return sum(h["alive"] for h in status.get("hosts", [])) == 4 and status["map"]["replicas_least"] == 2
 
 
 def answer(node: Node, at_40: Callable[[], None] | None = None) -> tuple[list[int], float]:
@@ -206,10 +229,11 @@ def answer(node: Node, at_40: Callable[[], None] | None = None) -> tuple[list[in
 
 @pytest.mark.parametrize("what", ["link", "node"])
 def test_one_node_serves_on_without_the_other(
-    up: tuple[Node, Node], what: str, capsys: pytest.CaptureFixture[str]
+    whole: tuple[Node, Node], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In mid-answer the link goes down, or everything of the second node is killed: the same tokens, after a pause."""
-    one, two = up
+    """In mid-answer the link goes down, or everything of the second node is killed: the same tokens, after a pause.
+    When the link is back, so are its hosts."""
+    one, two = whole
     undisturbed, usual_s = answer(one)
     assert len(undisturbed) == MAX_TOKENS
     before = rows_of(one)
@@ -232,6 +256,10 @@ def test_one_node_serves_on_without_the_other(
     assert answer(one)[0] == undisturbed, "and it goes on serving"
     eventually(lambda: sum(h["alive"] for h in status_of(one)["hosts"]) == 2, 30.0, "the router took two hosts out")
     assert status_of(one)["map"]["missing"] == 0
+    if what == "link":
+        link_up(one)
+        eventually(lambda: is_whole(status_of(one)), 90.0, "all four hosts live again")
+        assert answer(one)[0] == undisturbed
 
 
 def status_of(node: Node) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from tests.cluster.conftest import Cluster, eventually, processes_of
 from tests.gateway.scrapes import Scrape
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def last(cluster: Cluster) -> Iterator[None]:
+    """No module after this one uses the cluster: it would only take processor time from others."""
+    yield
+    cluster.down()
+
 
 PROMPT = "Each expert knows one thing well."
 LAYERS, TOP_K = 4, 2

@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -11,17 +10,18 @@ from folkmoot.gateway.admin_client import AdminClient
 from folkmoot.gateway.client_errors import FolkmootError, InvalidRequest, NotFound, RequestIdInUse
 from folkmoot.gateway.pb import admin_pb2 as pb
 from tests.cluster.changes import Load, host, is_healed, kill_router
-from tests.cluster.conftest import FLOAT32, Cluster, eventually, running
+from tests.cluster.conftest import Cluster, eventually
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def elastic(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order."""
-    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
-    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
-        yield cluster
+def elastic(small_cluster: Cluster) -> Iterator[Cluster]:
+    """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order. Nobody
+    needs it after them."""
+    eventually(lambda: is_healed(small_cluster), 90.0, "healed, whatever was done to it before")
+    yield small_cluster
+    small_cluster.down()
 
 
 @pytest.fixture
