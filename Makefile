@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c folkmoot/experts
 demo: install    ## ask a real model three questions, kill one of its expert actors, see the same answer
 	$(BIN)/folkmoot demo
 
-test: install    ## every test; about three quarters of an hour on two cores
+test: install    ## every test; about half an hour on two cores
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS)
 	$(BIN)/python -m pytest -m slow
 
