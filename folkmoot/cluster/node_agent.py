@@ -17,7 +17,7 @@ from folkmoot.experts import secret, warm
 from folkmoot.experts.warm import WarmParent
 
 WARM_TIMEOUT_S = 300.0
-"""How long importing vLLM may take: about 18 s alone, several times that on a machine that is busy."""
+"""How long importing vLLM may take: about 15 s alone, several times that on a machine that is busy."""
 
 
 async def warm_parent(spec: ClusterSpec) -> WarmParent:

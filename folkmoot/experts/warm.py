@@ -1,6 +1,6 @@
 """The warm parent: one process a node that imports vLLM once, and forks expert hosts and engines from itself.
 
-Importing vLLM takes about 18 s of a core, a fork of a process that has imported it a few milliseconds: that is what
+Importing vLLM takes about 15 s of a core, a fork of a process that has imported it a few milliseconds: that is what
 makes a replacement for a dead expert host quick. The parent listens on a unix socket in a directory that only its user
 may enter, and takes no process of another user. A request names an entry point ("module:function"), its spec and a log
 file; the child then owns the requester's end of the connection as its control channel: newline-delimited JSON both
