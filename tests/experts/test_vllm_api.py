@@ -182,7 +182,7 @@ def test_an_engines_speed_ups_change_no_token(runs: Runs, folders: Path) -> None
     mixtral = str(folders / "mixtral")
     plain = runs.ask("sped_up", checkpoint=mixtral)
     assert plain["alone"] == plain["together"] and plain["cached"] == 0
-    assert plain["most_tokens"] > 64 and plain["steps"] >= 64
+    assert plain["most_tokens"] > 64 and plain["steps"] == 32
     chunked = runs.ask("sped_up", checkpoint=mixtral, enable_chunked_prefill=True, max_num_batched_tokens=48)
     assert chunked["most_tokens"] <= 48 < 160, "prompts were cut"
     cached = runs.ask("sped_up", checkpoint=mixtral, enable_prefix_caching=True)

@@ -20,6 +20,7 @@ from folkmoot.cluster import replay
 from folkmoot.experts import vllm_api
 from folkmoot.experts.vllm_api.runtime import register_eagerly
 
+NUM_TOKENS = 32
 PROMPTS = (
     "What is the capital of France?",
     "Each expert knows one thing well.",
@@ -166,7 +167,8 @@ def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]
 def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str, Any]:
     """Four requests whose prompts of 160 tokens begin alike, one after the other and then all at once, by an engine
     with these speed-ups and one expert host. Tokens of each, steps of the second time, most tokens that one step
-    computed, and tokens of prompts that were found in the cache. Every second request is seeded sampling."""
+    computed, and tokens of prompts that were found in the cache. Every second request is seeded sampling; or all are
+    greedy, of three tokens."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import EngineArgs
@@ -200,8 +202,9 @@ def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str,
     cached = 0
 
     def add(name: str, i: int) -> None:
-        how = {"temperature": 1.0, "seed": i} if seeded and i % 2 else {"temperature": 0.0}
-        sampling = SamplingParams(max_tokens=64, ignore_eos=True, **how)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"temperature": 1.0, "seed": i} if seeded and i % 2 else {"temperature": 0.0}
+        how |= {} if seeded else {"allowed_token_ids": [20, 21, 22]}  # so that what has been comes again
+        sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **how)
         engine.add_request(name, TokensPrompt(prompt_token_ids=prompts[i]), sampling)
 
     def finish() -> None:

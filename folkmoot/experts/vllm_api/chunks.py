@@ -5,7 +5,6 @@ it. Where the request is seeded it takes the draw back by setting its generator'
 has not (it raises, and the engine's core ends). Here such a request draws from another generator meanwhile.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+_SAMPLE_TOKENS = CPUModelRunner.sample_tokens
 
 
 class Spare(torch.Generator):
@@ -28,16 +29,12 @@ class Spare(torch.Generator):
 
 def allow_chunks() -> None:
     """From now on, engines that this process runs or forks may compute the prompts of seeded requests in chunks."""
-    sample = CPUModelRunner.sample_tokens
-    if hasattr(sample, "__wrapped__"):
-        return
+    CPUModelRunner.sample_tokens = _sample_tokens
 
-    @functools.wraps(sample)
-    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with spared(self):
-            return sample(self, *args, **kwargs)
 
-    CPUModelRunner.sample_tokens = sample_tokens
+def _sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with spared(self):
+        return _SAMPLE_TOKENS(self, *args, **kwargs)
 
 
 def _unfinished(runner: Any) -> list[int]:
