@@ -1,12 +1,14 @@
 """What experts of fewer bits cost and save: memory, tokens/s, CPU seconds a token, and the quality of the answers.
 
-For the 1.5 GiB model and the demo model, in bf16, int8 and int4: one engine and three pools of two hosts, of which one
-serves at a time, so that all dtypes see the same noise. Cost is the CPU seconds that hosts and engine use a token, and
-its ratio is the median over rounds of that to bf16's in the same round.
+For the 1.5 GiB model and the demo model, in bf16, int8, int4, and with experts of several dtypes under a budget of 0.4
+of bf16's memory: one engine and four pools of two hosts, of which one serves at a time, so that all see the same noise.
+Cost is the CPU seconds that hosts and engine use a token, and its ratio is the median over rounds of that to bf16's in
+the same round.
 
 Quality is the demo model's on real text (this repository's docs), read by transformers in float32 with only its experts
 quantised: the perplexity's rise, the KL divergence from the unquantised model, and how often both find the same token
-the likeliest.
+the likeliest. Under the budget experts get their bits by the rows that they have on every other window of the text, and
+the others are read; "alike" is the same without knowing of rows.
 
     python -m benchmarks.cost --json cost.json
 """
@@ -15,8 +17,9 @@ import itertools
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ import torch
 from benchmarks import report
 from benchmarks.checkpoints import measure_sized, tiny
 from benchmarks.engines import Bench, Engine, Pool, prompts_of
-from folkmoot.cluster import demo_model
-from folkmoot.experts.quantised import ExpertShape, QuantisedKernel, Weights, quantise
+from folkmoot.cluster import demo_model, expert_precision
+from folkmoot.experts.expert_choice import Choice, choose, parse
+from folkmoot.experts.quantised import KINDS, ExpertShape, QuantisedKernel, Weights, quantise, sampled_errors
 
-DTYPES = ("checkpoint", "int8", "int4")
-FORMS = ("int8", "int4")
+FORMS = {"int8": "int8", "int4": "int4", "auto": "auto:0.4"}
+"""What is compared with bf16, and how `--expert-dtype` names it."""
+DTYPES = {"bf16": "checkpoint", **FORMS}
 TEXT = (Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").glob("*.md")))
 MOST_RISE = 0.01
 """A form counts as good as bf16 where its perplexity is at most this much higher."""
@@ -79,8 +84,8 @@ def costs(
     bench: Bench, checkpoint: Path, batches: Sequence[int], num_tokens: int, rounds: int
 ) -> tuple[dict[str, int], dict[tuple[str, int], list[Spent]]]:
     """Bytes of each form's experts; and all rounds of each form and batch size."""
-    pools = {form: bench.pool(checkpoint, 2, 2, expert_dtype=form) for form in DTYPES}
-    engine = bench.engine(checkpoint, pool=pools["checkpoint"], dispatch={"background_workers": True}).wait()
+    pools = {form: pool_of(bench, checkpoint, name) for form, name in DTYPES.items()}
+    engine = bench.engine(checkpoint, pool=pools["bf16"], dispatch={"background_workers": True}).wait()
     versions = itertools.count(1000)
     spent: dict[tuple[str, int], list[Spent]] = {(form, b): [] for form in DTYPES for b in batches}
     for turn, batch, form in itertools.product(range(rounds + 1), batches, DTYPES):
@@ -96,9 +101,18 @@ def costs(
     return sizes, spent
 
 
+def pool_of(bench: Bench, checkpoint: Path, expert_dtype: str) -> Pool:
+    """Two hosts, each with all experts. A budget's choice is made as `folkmoot up` makes it without loads."""
+    if (budget := parse(expert_dtype)) is None:
+        return bench.pool(checkpoint, 2, 2, expert_dtype=expert_dtype)
+    log = bench.directory / "measure.log"
+    measured = expert_precision.measure(str(checkpoint), "auto", bench.parent(), log, lambda text, part: None)
+    return bench.pool(checkpoint, 2, 2, expert_dtype=expert_dtype, expert_letters=choose(*measured, budget).letters)
+
+
 def cost_ratio(spent: Mapping[tuple[str, int], list[Spent]], form: str, batch: int) -> float:
     """CPU seconds a token over bf16's: the median over rounds."""
-    pairs = zip(spent[form, batch], spent["checkpoint", batch], strict=True)
+    pairs = zip(spent[form, batch], spent["bf16", batch], strict=True)
     return statistics.median(a.cpu_s / b.cpu_s for a, b in pairs)
 
 
@@ -109,15 +123,21 @@ def windows(tokenizer: Any, num: int, length: int) -> torch.Tensor:
     return torch.tensor([ids[i * step : i * step + length] for i in range(num)])
 
 
-def quantised_forwards(experts: Sequence[Any], kind: str) -> list[Any]:
+def weights_of(layer: Any) -> tuple[ExpertShape, list[Weights]]:
+    """Of a layer's routed experts of a transformers Mixtral."""
+    _, hidden, intermediate = layer.down_proj.shape
+    pairs = zip(layer.gate_up_proj.detach(), layer.down_proj.detach(), strict=True)
+    return ExpertShape(hidden, intermediate), [Weights(w13, w2) for w13, w2 in pairs]
+
+
+def quantised_forwards(experts: Sequence[Any], kind_of: Callable[[int, int], str]) -> list[Any]:
     """For each layer's routed experts of a transformers Mixtral: the same function with quantised ones."""
     forwards = []
-    for layer in experts:
-        num, hidden, intermediate = layer.down_proj.shape
-        shape = ExpertShape(hidden, intermediate)
-        pairs = zip(layer.gate_up_proj.detach(), layer.down_proj.detach(), strict=True)
-        blobs = [quantise(shape, kind, Weights(w13, w2))[0] for w13, w2 in pairs]
-        kernel = QuantisedKernel(shape, [kind] * num, blobs, torch.float32)
+    for number, layer in enumerate(experts):
+        shape, weights = weights_of(layer)
+        kinds = [kind_of(number, e) for e in range(len(weights))]
+        blobs = [quantise(shape, kind, w)[0] for kind, w in zip(kinds, weights, strict=True)]
+        kernel = QuantisedKernel(shape, kinds, blobs, torch.float32)
 
         def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, k: Any = kernel) -> torch.Tensor:
             rows = k(x.repeat_interleave(ids.shape[1], 0).contiguous(), ids.flatten().int().contiguous())
@@ -128,14 +148,48 @@ def quantised_forwards(experts: Sequence[Any], kind: str) -> list[Any]:
     return forwards
 
 
+def recorded_rows(model: Any, experts: Sequence[Any], ids: torch.Tensor) -> dict[int, list[float]]:
+    """Of each layer the rows that each expert has while the model reads these windows."""
+    counts = [torch.zeros(len(layer.down_proj), dtype=torch.int64) for layer in experts]
+
+    def add(count: torch.Tensor, _: Any, given: tuple[torch.Tensor, ...]) -> None:
+        count += torch.bincount(given[1].flatten(), minlength=len(count))
+
+    hooks = [e.register_forward_pre_hook(partial(add, count)) for e, count in zip(experts, counts, strict=True)]
+    with torch.inference_mode():
+        for row in ids:
+            model(row[None])
+    for hook in hooks:
+        hook.remove()
+    return {n: count.tolist() for n, count in enumerate(counts)}
+
+
+def choice_for(experts: Sequence[Any], rows: Mapping[int, Sequence[float]] | None) -> Choice:
+    """The dtypes of the experts under the budget."""
+    layers = [weights_of(layer) for layer in experts]
+    each = [[sampled_errors(shape, w, max(1, shape.intermediate // 64)) for w in ws] for shape, ws in layers]
+    errors = {n: {kind: [e[kind] for e in of_layer] for kind in KINDS} for n, of_layer in enumerate(each)}
+    sizes = {n: {kind: shape.bytes(kind) for kind in KINDS} for n, (shape, _) in enumerate(layers)}
+    budget = parse(FORMS["auto"])
+    assert budget is not None
+    return choose(errors, sizes, budget, rows)
+
+
 def qualities(checkpoint: Path, num: int, length: int) -> dict[str, Quality]:
-    """Of the checkpoint's own experts and each form, over `num` windows of `length` tokens."""
+    """Of the checkpoint's own experts and each form, over `num` windows of `length` tokens; rows are recorded on as
+    many others between them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = windows(AutoTokenizer.from_pretrained(checkpoint), num, length)
+    both = windows(AutoTokenizer.from_pretrained(checkpoint), 2 * num, length)
+    ids, others = both[::2], both[1::2]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     experts = [layer.mlp.experts for layer in model.model.layers]
-    forwards = {"bf16": [e.forward for e in experts]} | {kind: quantised_forwards(experts, kind) for kind in FORMS}
+    known, alike = choice_for(experts, recorded_rows(model, experts, others)), choice_for(experts, None)
+    print(f"auto: {known}\nalike: {alike}")
+    kinds: dict[str, Callable[[int, int], str]] = {"int8": lambda n, e: "int8", "int4": lambda n, e: "int4"}
+    kinds |= {"auto": known.kind, "alike": alike.kind}
+    forwards = {"bf16": [e.forward for e in experts]}
+    forwards |= {form: quantised_forwards(experts, kind_of) for form, kind_of in kinds.items()}
     sums = {form: torch.zeros(3, dtype=torch.float64) for form in forwards}  # -log p, KL, top-1 agreement
     for row in ids:
         exact = None
@@ -164,14 +218,13 @@ def report_costs(
     """Rows of the table; the figures are added."""
     rows: list[list[object]] = []
     for form, batch in spent:
-        label = "bf16" if form == "checkpoint" else form
         speed, host = (statistics.median(getattr(s, k) for s in spent[form, batch]) for k in ("tokens_s", "host_cpu_s"))
         ratio = cost_ratio(spent, form, batch)
-        figures[f"{name}_{label}_tokens_s_bs{batch}"] = speed
-        figures[f"{name}_{label}_cost_ratio_bs{batch}"] = ratio
-        figures[f"{name}_{label}_host_cpu_ms_bs{batch}"] = 1e3 * host
-        figures[f"{name}_{label}_expert_bytes"] = sizes[form]
-        rows.append([name, batch, label, sizes[form] / 2**20, speed, 1e3 * host, ratio])
+        figures[f"{name}_{form}_tokens_s_bs{batch}"] = speed
+        figures[f"{name}_{form}_cost_ratio_bs{batch}"] = ratio
+        figures[f"{name}_{form}_host_cpu_ms_bs{batch}"] = 1e3 * host
+        figures[f"{name}_{form}_expert_bytes"] = sizes[form]
+        rows.append([name, batch, form, sizes[form] / 2**20, speed, 1e3 * host, ratio])
     return rows
 
 
@@ -194,7 +247,7 @@ def main() -> None:
             sizes, spent = costs(bench, checkpoint, batches, *((8, 2) if args.quick else (32, 3)))
             rows += report_costs(name, sizes, spent, figures)
             for form in FORMS:
-                memory[form].append(sizes[form] / sizes["checkpoint"])
+                memory[form].append(sizes[form] / sizes["bf16"])
                 ratios[form] += [cost_ratio(spent, form, batch) for batch in batches]
     found = qualities(demo, *((1, 128) if args.quick else (24, 256)))
     for form, quality in found.items():

@@ -10,7 +10,9 @@ import logging
 import os
 import secrets
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,11 +22,15 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from folkmoot.cluster import environment, ray_runtime
-from folkmoot.cluster.cli_common import Span
+from folkmoot.cluster.cli_common import ExpertDtype, Span
 from folkmoot.cluster.cli_up import up
+from folkmoot.cluster.expert_precision import decided
 from folkmoot.cluster.launch import short_temp, waiting_for
+from folkmoot.cluster.node_agent import WARM_TIMEOUT_S
 from folkmoot.cluster.spec import ROUTER, ClusterSpec
 from folkmoot.cluster.up_options import StartError, UpOptions, check_experts, make_spec, resolve_model
+from folkmoot.experts import warm
+from folkmoot.experts.warm import WarmParent
 from folkmoot.gateway.metrics_server import OFF
 from folkmoot.gateway.settings import GatewaySettings
 
@@ -34,8 +40,8 @@ POLL_S = 0.5
 STATUS_TIMEOUT_S = 20.0
 NOT_HERE = frozenset({"address", "state_dir", *GatewaySettings.model_fields}) - {"redis", "metrics"}
 """Options of `folkmoot up` that have no meaning in an application; gateways have their own."""
-OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret", "environment"})
-"""Fields of a spec that each cluster has for itself."""
+OF_ONE_RUN = frozenset({"run_dir", "log_dir", "started_s", "secret", "environment", "expert_choice", "column_bytes"})
+"""Fields of a spec that each cluster has for itself, or that follow from others when it is begun."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def parse(arguments: dict[str, Any]) -> AppOptions:
         raise ValueError(f"unknown arguments: {', '.join(unknown)}; known ones: {', '.join(sorted(argument_names()))}")
     options: AppOptions = TypeAdapter(AppOptions).validate_python(arguments)
     for option in up.params:
-        has_limits = isinstance(option.type, click.Choice | click.IntRange | click.FloatRange | Span)
+        has_limits = isinstance(option.type, click.Choice | click.IntRange | click.FloatRange | Span | ExpertDtype)
         if has_limits and option.name in arguments:
             most = arguments.get(f"most_{option.name}")
             try:
@@ -101,7 +107,8 @@ class Cluster:
     """Starts a Folkmoot cluster in this Ray, or finds the one that runs; healthy while its expert router answers."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._spec = adopted(wanted_spec(parse(arguments)))
+        options = parse(arguments)
+        self._spec = _with_dtypes(adopted(wanted_spec(options)), options)
         environment.enter(self._spec.environment, "cluster")
         self._router = ray_runtime.start_router(self._spec, get_if_exists=True)
         if _engines(self._spec) in (None, ApplicationStatus.DEPLOY_FAILED):
@@ -172,6 +179,24 @@ def adopted(wanted: ClusterSpec) -> ClusterSpec:
             "Upgrading); hosts, replicas and engines also change with `folkmoot scale`"
         )
     return running
+
+
+def _with_dtypes(spec: ClusterSpec, options: AppOptions) -> ClusterSpec:
+    """The spec with the dtype of each expert, where a budget decides it and it has not been decided yet. What is
+    measured for that is measured with a warm parent of its own: this node may have no use for one later."""
+    if spec.expert_choice is not None:
+        return spec
+    with ExitStack() as stack:
+
+        def warm_parent() -> WarmParent:
+            Path(spec.log_dir).mkdir(parents=True, exist_ok=True)
+            socket = Path(spec.run_dir) / "measure.sock"
+            process = warm.start(socket, spec.log("measure"))
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            return warm.connect(socket, WARM_TIMEOUT_S)
+
+        return decided(spec, options.expert_loads, warm_parent, lambda message, _: log.info("%s", message))
 
 
 def differences(running: ClusterSpec, wanted: ClusterSpec) -> list[str]:

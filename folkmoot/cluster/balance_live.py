@@ -45,7 +45,8 @@ def decide_extras(state: RouterState, loads: ExpertLoads, spare: int) -> Decisio
     rows = loads.recent * (loads.half_life_s / math.log(2))
     if rows.mean() < LEAST_ROWS:
         return Decision(f"waits: {rows.mean():.0f} recent rows an expert, {LEAST_ROWS:.0f} tell something")
-    shape = _shape(hosts, spare, state.num_columns)
+    slots = state.slots
+    shape = _shape(hosts, [slots[h.host].speed for h in hosts], spare, state.num_columns)
     held = [[_held(h, layer) for h in hosts] for layer in loads.layers]
     plan = balance(loads.recent, shape, held, [set(h.columns) for h in hosts])
     even = float(loads.recent.sum()) / sum(shape.speed)
@@ -57,13 +58,13 @@ def decide_extras(state: RouterState, loads: ExpertLoads, spare: int) -> Decisio
     return Decision(f"{plan.moves} replicas to load on {len(changed)} hosts", before, after, changed)
 
 
-def _shape(hosts: Sequence[HostState], spare: int, num_columns: int) -> Hosts:
+def _shape(hosts: Sequence[HostState], speed: Sequence[float], spare: int, num_columns: int) -> Hosts:
     nodes = {node: i for i, node in enumerate(sorted({h.node or "" for h in hosts}))}
     room = [num_columns if h.capacity is None else h.capacity for h in hosts]
     slots = tuple(
         max(len(h.columns), min(len(h.columns) + spare, most, num_columns)) for h, most in zip(hosts, room, strict=True)
     )
-    return Hosts(slots, (1.0,) * len(hosts), tuple(nodes[h.node or ""] for h in hosts))
+    return Hosts(slots, tuple(speed), tuple(nodes[h.node or ""] for h in hosts))
 
 
 def _held(host: HostState, layer: int) -> list[int]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from folkmoot.cluster.autoscale import Limits
 from folkmoot.cluster.state_file import StateFolder
+from folkmoot.experts import expert_dtype
 from folkmoot.gateway.api_keys import KEY
 
 console = Console(highlight=False, soft_wrap=True)
@@ -40,7 +41,21 @@ class Span(click.ParamType[Limits]):
         return limits
 
 
-SPAN, HOSTS = Span(0), Span(1)
+class ExpertDtype(click.ParamType[str]):
+    """A dtype's name, or auto:BUDGET."""
+
+    name = "|".join((*expert_dtype.NAMES, "auto:BUDGET"))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is, if it is one."""
+        try:
+            expert_dtype.check_name(str(value))
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+        return str(value)
+
+
+SPAN, HOSTS, EXPERT_DTYPE = Span(0), Span(1), ExpertDtype()
 
 F = TypeVar("F", bound=Callable[..., Any])
 

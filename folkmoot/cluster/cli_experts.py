@@ -49,6 +49,7 @@ def experts(
       folkmoot experts --layer 3 --total                     # each expert of one layer, with its hosts
       folkmoot experts --json | jq '.rows_total[0]'
       folkmoot experts --record trace.jsonl --every-s 5      # then: python -m benchmarks.balance --trace trace.jsonl
+      folkmoot experts --record rows.json --times 1          # then: folkmoot up --expert-dtype auto:0.4 --expert-loads
     """
     from folkmoot.cluster import expert_view  # it brings numpy
 

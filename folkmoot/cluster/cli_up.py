@@ -42,6 +42,7 @@ def up(detach: bool, timings: bool, **options: Any) -> None:
       folkmoot up --model demo --hosts 4 --replicas 2        lose any host, and go on
       folkmoot up --model ~/models/mixtral --experts-per-host 1 --detach
       folkmoot up --model ~/models/mixtral --engines 0..4    as many engines as work asks for
+      folkmoot up --model ~/models/mixtral --expert-dtype auto:0.4 --expert-loads experts.json
       folkmoot up --model ~/models/scout --address auto --redis redis://store:6379
       folkmoot up --model demo --listen 0.0.0.0:50051 --require-keys --tls-cert tls.crt --tls-key tls.key
     """
@@ -145,6 +146,8 @@ def without_redis(arguments: list[str]) -> list[str]:
 def _print_ready(state: ClusterState, options: UpOptions, timings: bool) -> None:
     suffix = "" if state.name == "default" else f" --name {state.name}"
     console.print(f"[bold green]ready[/]: model {state.model}, gateway {state.gateway}")
+    if state.experts is not None:
+        console.print(f"  experts: {state.experts}")
     console.print(f'  folkmoot generate{suffix} "The capital of France is"')
     console.print(f"  folkmoot status{suffix}")
     if state.metrics is not None:

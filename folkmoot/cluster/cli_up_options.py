@@ -10,9 +10,8 @@ import click
 
 from folkmoot import logs
 from folkmoot.cluster import host_groups
-from folkmoot.cluster.cli_common import HOSTS, SPAN
+from folkmoot.cluster.cli_common import EXPERT_DTYPE, HOSTS, SPAN
 from folkmoot.cluster.up_options import UpOptions
-from folkmoot.experts import expert_dtype
 
 PEM = click.Path(resolve_path=True, path_type=Path)
 
@@ -214,11 +213,19 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option("--dtype", default=UpOptions.dtype, show_default=True, help="auto, bfloat16, float16 or float32"),
     click.option(
         "--expert-dtype",
-        type=click.Choice(expert_dtype.NAMES),
+        type=EXPERT_DTYPE,
         default=UpOptions.expert_dtype,
         show_default=True,
         help="what expert hosts quantise experts to while they load them; kept beside "
-        "the checkpoint for the next start",
+        "the checkpoint for the next start. auto:0.4 or auto:8GiB: experts of 4, 8 and 16 bits, such that all "
+        "together take that part of bf16's memory, or that size, with the least error (docs/quantisation.md)",
+    ),
+    click.option(
+        "--expert-loads",
+        type=click.Path(resolve_path=True, path_type=Path),
+        metavar="FILE",
+        help="with --expert-dtype auto:BUDGET: what `folkmoot experts` recorded, or printed with --json, so that often "
+        "used experts get more bits  [default: all count alike]",
     ),
     click.option("--device", default=UpOptions.device, show_default=True, help="cpu or cuda"),
     click.option(

@@ -18,6 +18,7 @@ import ray
 
 from folkmoot import logs
 from folkmoot.cluster import environment, metrics_hosts, metrics_node
+from folkmoot.cluster.host_speeds import RowsPerS
 from folkmoot.cluster.host_template import Holding, Template
 from folkmoot.cluster.metrics_hosts import HostFigures, Usage
 from folkmoot.cluster.node_agent import warm_parent
@@ -76,13 +77,22 @@ class ExpertActor:
         self._log = spec.log("host")
         self._processes: dict[int, _Process] = {}
         self._template = Template(self._fork_template)
+        self._rows_s: RowsPerS = ()
         self._metrics = asyncio.create_task(metrics_node.keep_serving(spec, f"actor-{os.getpid()}", self._text))
 
     async def start(
-        self, host: str, incarnation: int, columns: Sequence[int], extras: Sequence[Extra], threads: int
+        self,
+        host: str,
+        incarnation: int,
+        columns: Sequence[int],
+        extras: Sequence[Extra],
+        threads: int,
+        rows_s: RowsPerS = (),
     ) -> HostForked:
-        """Fork a life of this host, which loads its experts unless a template has. Raises WarmParentError."""
+        """Fork a life of this host, which loads its experts unless a template has. `rows_s`: how quick the host is, so
+        far as that is known. Raises WarmParentError."""
         self._host, self._log = host, self._spec.log(host)
+        self._rows_s = self._rows_s or rows_s
         logs.set_up("expert-actor", host=host)
         holding = Holding(tuple(columns), tuple(extras), threads)
         child = await self._fork_life(self._host_spec(host, incarnation, holding), holding)
@@ -150,8 +160,10 @@ class ExpertActor:
             "tcp": self._tcp(),
             "dtype": spec.dtype,
             "expert_dtype": spec.expert_dtype,
+            "expert_letters": None if spec.expert_choice is None else spec.expert_choice.letters,
             "device": spec.device,
             "threads": holding.threads,
+            "measures": spec.measures_speed and not self._rows_s,
         }
 
     def _memory(self) -> str | None:
@@ -195,6 +207,7 @@ class ExpertActor:
             message = {"message": f"it was not ready after {LOAD_TIMEOUT_S:.0f} s"}
         if message.get("event") != "ready":
             raise ExpertHostError(f"expert host {forked.host}: {message.get('message')} (log: {self._log})")
+        self._rows_s = self._rows_s or tuple((int(n), float(s)) for n, s in message["rows_s"].items())
         return HostReady(
             forked.host,
             forked.incarnation,
@@ -206,6 +219,8 @@ class ExpertActor:
             float(message["load_s"]),
             int(message["shared_bytes"]),
             forked.extras,
+            int(message["threads"]),
+            self._rows_s,
         )
 
     async def _text(self) -> bytes:

@@ -3,8 +3,8 @@
     --host-group 2:cpu=4,memory=8GiB --host-group 1:cpu=1
 
 Two hosts with four cores and room for 8 GiB of experts each, and one with a core. A host's share of the experts goes by
-its speed, as far as its memory allows; its speed is `speed`, of which only ratios matter, or else the number of its
-cores.
+its speed, as far as its memory allows; its speed is `speed`, of which only ratios matter; where no group says one, what
+hosts of the group measure when they have loaded (host_speeds.py), and before that the number of its cores.
 """
 
 import re
@@ -26,8 +26,13 @@ class HostGroup:
     """cores that Ray reserves for each, and that it computes with; None: as of hosts without a group"""
     memory: int | None = None
     """bytes of experts that fit on each; None: no limit"""
-    speed: float = 1.0
-    """against hosts of other groups"""
+    speed: float | None = None
+    """against hosts of other groups; None: not known"""
+
+    @property
+    def guess(self) -> float:
+        """Its speed before anything has been measured."""
+        return self.speed or self.cpus or 1.0
 
     def capacity(self, column_bytes: int, most: int | None) -> int | None:
         """How many columns fit on a host of this group, of which none is ever given more than `most`."""
@@ -48,9 +53,8 @@ def parse(text: str) -> HostGroup:
         if key not in KEYS or key in values:
             raise ValueError(f"{text!r}: {word!r} is not one of {', '.join(f'{k}=...' for k in KEYS)}, each once")
         values[key] = _number(text, key, value)
-    cpus, memory = values.get("cpu"), values.get("memory")
-    speed = values.get("speed", 1.0 if cpus is None else cpus)
-    return HostGroup(int(count), cpus, None if memory is None else int(memory), speed)
+    memory = values.get("memory")
+    return HostGroup(int(count), values.get("cpu"), None if memory is None else int(memory), values.get("speed"))
 
 
 def check_fit(

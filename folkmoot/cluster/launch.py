@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, metrics_node, processes, ray_runtime, warm_files
+from folkmoot.cluster.expert_precision import decided
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.up_options import (
@@ -32,6 +33,7 @@ from folkmoot.cluster.up_options import (
 )
 from folkmoot.cluster.wish import first_wish
 from folkmoot.experts import expert_dtype
+from folkmoot.experts.warm import WarmParent
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.metrics_server import OFF, PATH
 from folkmoot.gateway.queue import RequestQueue
@@ -46,6 +48,7 @@ TEND_EVERY_S = 1.0
 MOST_STORE_PAUSE_S = 16.0
 GATEWAY_SHUTDOWN_S = 3.0
 LEFTOVER_GRACE_S = 3.0
+IMPORTING = "importing vLLM, once for all processes"
 Report = Callable[[str], None]
 
 
@@ -94,6 +97,7 @@ class Supervisor:
         ray_address = self._start_ray(self.spec)
         self._mark("ray")
         interrupts.check()
+        self.spec = self._with_dtypes(self.spec)
         self._router = ray_runtime.start_router(self.spec)
         self._deployment = deployment = ray_runtime.Deployment(self.spec)
         self._wait_until_ready(self.spec, deployment)
@@ -107,6 +111,7 @@ class Supervisor:
             model=self.spec.model,
             ray_address=ray_address,
             run_dir=str(self._run_dir),
+            experts=None if self.spec.expert_choice is None else str(self.spec.expert_choice),
             timings_s=self._timings_s,
         )
         self.folder.write_scrapes()
@@ -223,6 +228,21 @@ class Supervisor:
         except Exception as e:
             raise StartError(f"Ray did not start: {e}") from e
 
+    def _with_dtypes(self, spec: ClusterSpec) -> ClusterSpec:
+        """The spec with the dtype of each expert, where that is left to a budget."""
+        try:
+            return decided(spec, self.options.expert_loads, lambda: self._warm_parent(spec), self._tell)
+        except ValueError as e:
+            raise StartError(str(e)) from e
+
+    def _warm_parent(self, spec: ClusterSpec) -> WarmParent:
+        while not spec.warm_socket.exists():
+            self._check_processes(spec)
+            self._tell(IMPORTING)
+            time.sleep(POLL_S)
+        self._mark("warm")
+        return WarmParent(spec.warm_socket)
+
     def _wait_until_ready(self, spec: ClusterSpec, deployment: ray_runtime.Deployment) -> None:
         import ray
 
@@ -245,15 +265,18 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def _quantised(self, spec: ClusterSpec) -> float | None:
-        """The share of the experts that lie quantised beside the checkpoint; None where none have to."""
-        if spec.expert_dtype not in expert_dtype.ON_CPU or spec.device != "cpu" or "hosts" in self._timings_s:
+        """About the share of the experts that lie quantised beside the checkpoint; None where none have to."""
+        num = len(spec.moe_layers) * spec.num_experts
+        kinds = {spec.expert_dtype: num} if spec.expert_choice is None else spec.expert_choice.counts
+        is_made = spec.expert_dtype in expert_dtype.ON_CPU or spec.expert_choice is not None
+        if not is_made or spec.device != "cpu" or "hosts" in self._timings_s:
             return None
         from folkmoot.experts.quantise_cache import ExpertCache
         from folkmoot.experts.vllm_api import checkpoint
 
         path = Path(spec.model_path)
-        count = ExpertCache(path, checkpoint.identity(path), spec.dtype).count(spec.expert_dtype)
-        return count / max(1, len(spec.moe_layers) * spec.num_experts)
+        cache = ExpertCache(path, checkpoint.identity(path), spec.dtype)
+        return sum(min(cache.count(kind), wanted) for kind, wanted in kinds.items()) / max(1, num)
 
     def _check_processes(self, spec: ClusterSpec) -> None:
         """Raises StartError with the end of the log of what died."""
@@ -332,7 +355,7 @@ def _raise_failures(spec: ClusterSpec, status: dict[str, Any], deployment: ray_r
 def waiting_for(spec: ClusterSpec, status: dict[str, Any], *, warm: bool, quantised: float | None = None) -> str:
     """What a cluster that comes up still lacks, in words. `quantised`: the share of the experts that are; None: all."""
     if not warm:
-        return "importing vLLM, once for all processes"
+        return IMPORTING
     hosts = sum(h["alive"] for h in status["hosts"])
     engines = sum(e["phase"] == "ready" for e in status["engines"])
     parts = []

@@ -24,12 +24,14 @@ class PlacementError(ValueError):
 @dataclass(frozen=True, slots=True)
 class HostSlot:
     """A place for an expert host: the host's name, its node (None: Ray has found none yet), how many columns fit
-    (None: any number), and its speed, of which only ratios to other hosts' matter."""
+    (None: any number), its speed, of which only ratios to other hosts' matter, and its kind (None: its speed is as it
+    was said, whatever it measures)."""
 
     host: str
     node: str | None
     capacity: int | None = None
     speed: float = 1.0
+    kind: int | None = None
 
 
 Extra: TypeAlias = tuple[int, int]

@@ -73,9 +73,10 @@ class RaySlots:
         return max(1, physical // max(1, Counter(self._nodes.values())[node or ""]))
 
     def _slot(self, host: str) -> HostSlot:
-        spec, group = self._spec, self._spec.host_group(self._places[host].group)
+        spec, number = self._spec, self._places[host].group
+        group = spec.host_group(number)
         capacity = group.capacity(spec.column_bytes, spec.max_experts_per_host)
-        return HostSlot(host, self._nodes.get(host), capacity, group.speed)
+        return HostSlot(host, self._nodes.get(host), capacity, group.guess, number if spec.measures_speed else None)
 
     def _cpus(self, group: int) -> float:
         """What Ray reserves for each host of a group."""

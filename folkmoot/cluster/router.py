@@ -249,8 +249,9 @@ class ExpertRouter:
         actor, host, incarnation = None, start.host, start.incarnation
         try:
             threads = await asyncio.to_thread(self._slots.threads, host)
-            actor = self._actors.ensure(host)
-            await self.report(await actor.start.remote(host, incarnation, start.columns, start.extras, threads))
+            actor, rows_s = self._actors.ensure(host), self._state.hosts[host].rows_s
+            held = start.columns, start.extras
+            await self.report(await actor.start.remote(host, incarnation, *held, threads, rows_s))
         except Exception as e:
             await self._failed(actor, host, incarnation, e)
             return

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from folkmoot.cluster.host_speeds import RowsPerS
 from folkmoot.cluster.placement import Extra, HostSlot
 from folkmoot.cluster.router_plan import settle
 from folkmoot.cluster.router_state import (
@@ -81,6 +82,9 @@ class HostReady:
     load_s: float = 0.0
     shared_bytes: int = 0
     extras: tuple[Extra, ...] = ()
+    threads: int = 0
+    rows_s: RowsPerS = ()
+    """what the host measured, when its actor was asked to"""
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,13 @@ def _see_slots(slots: tuple[HostSlot, ...], state: RouterState) -> RouterState:
         lost = slot.node is None and host.node is not None
         since_s = state.now_s if lost else host.waiting_since_s
         hosts[slot.host] = replace(
-            host, node=slot.node, capacity=slot.capacity, speed=slot.speed, waiting_since_s=since_s
+            host,
+            node=slot.node,
+            capacity=slot.capacity,
+            speed=slot.speed,
+            kind=slot.kind,
+            rows_s=host.rows_s if host.node in (None, slot.node) else (),
+            waiting_since_s=since_s,
         )
     if state.has_slots and hosts == state.hosts:
         return state
@@ -253,9 +263,10 @@ def _ready(event: HostReady, state: RouterState) -> RouterState:
         event.bytes,
         event.load_s,
         event.shared_bytes,
+        event.threads,
         extras=event.extras,
     )
-    return with_life(state, host, loaded)
+    return with_life(state, replace(host, rows_s=host.rows_s or event.rows_s), loaded)
 
 
 def _died(name: str, incarnation: int, reason: str, state: RouterState) -> RouterState:

@@ -38,10 +38,11 @@ def _place(state: RouterState) -> RouterState:
         return state
     open_hosts = set(state.wish.open_hosts)
     usable = [h for h in state.hosts.values() if h.host in open_hosts and state.is_usable(h)]
-    placed_for = state.wanted, tuple(h.slot for h in usable)
+    slots = state.slots
+    placed_for = state.wanted, tuple(slots[h.host] for h in usable)
     if placed_for == state.placed_for or not usable:
         return state
-    columns = rebalance(state.wanted, [h.slot for h in usable], {h.host: h.columns for h in usable})
+    columns = rebalance(*placed_for, {h.host: h.columns for h in usable})
     hosts = {
         h.host: replace(h, columns=columns.get(h.host, h.columns if h.host in open_hosts else ()))
         for h in state.hosts.values()

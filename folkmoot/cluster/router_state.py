@@ -12,6 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+from folkmoot.cluster.host_speeds import RowsPerS, with_speeds
 from folkmoot.cluster.placement import Extra, HostSlot
 from folkmoot.cluster.wish import Wish
 from folkmoot.experts import expert_map as maps
@@ -61,6 +62,8 @@ class Life:
     bytes: int = 0
     load_s: float = 0.0
     shared_bytes: int = 0
+    threads: int = 0
+    """that it computes with"""
     requests: int = 0
     rows: int = 0
     busy_s: float = 0.0
@@ -80,6 +83,10 @@ class HostState:
     node: str | None = None
     capacity: int | None = None
     speed: float = 1.0
+    """as said, or guessed; what counts is `RouterState.slots`"""
+    kind: int | None = None
+    rows_s: RowsPerS = ()
+    """what it measured first on this node"""
     waiting_since_s: float = 0.0
     """where `node` is None: since when Ray has had no room for it"""
     columns: tuple[int, ...] = ()
@@ -111,8 +118,8 @@ class HostState:
 
     @property
     def slot(self) -> HostSlot:
-        """As placement sees it."""
-        return HostSlot(self.host, self.node, self.capacity, self.speed)
+        """Its place, before anything has been measured."""
+        return HostSlot(self.host, self.node, self.capacity, self.speed, self.kind)
 
     def life(self, incarnation: int) -> Life | None:
         """The life of this incarnation, if it is known."""
@@ -169,6 +176,12 @@ class RouterState:
         """Hosts that are no longer wanted."""
         wanted = set(self.wish.open_hosts)
         return tuple(h for h in self.hosts.values() if h.host not in wanted)
+
+    @property
+    def slots(self) -> dict[str, HostSlot]:
+        """All hosts as placement sees them."""
+        measured = {h.host: h.rows_s for h in self.hosts.values()}
+        return with_speeds([h.slot for h in self.hosts.values()], measured)
 
     def is_usable(self, host: HostState) -> bool:
         """Whether a host may be counted on: it has a node that answers, and is not in quarantine. Before the cluster

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.experts import expert_dtype, secret
+from folkmoot.experts.expert_choice import Choice
 from folkmoot.gateway.metrics_server import OFF
 
 ROUTER = "ExpertRouter"
@@ -53,6 +54,8 @@ class ClusterSpec:
     dtype: str = "auto"
     expert_dtype: str = expert_dtype.CHECKPOINT
     """what expert hosts quantise their experts to (folkmoot.experts.expert_dtype)"""
+    expert_choice: Choice | None = None
+    """... where that is a budget: the dtype of each expert (folkmoot.cluster.expert_precision)"""
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -102,7 +105,7 @@ class ClusterSpec:
     host_groups: tuple[HostGroup, ...] = ()
     """hosts of several kinds to begin with; empty: all alike"""
     column_bytes: int = 0
-    """about what one expert of every layer takes in memory"""
+    """about what one expert of every layer takes in memory, at most"""
     engine_cpus: float = 0.1
     engine_gpus: float = 0.0
     router_resources: Mapping[str, float] = field(default_factory=dict)
@@ -121,6 +124,11 @@ class ClusterSpec:
     def host_group(self, group: int) -> HostGroup:
         """What the hosts of a placement group are like: those of `folkmoot up` as it said, others all alike."""
         return self.host_groups[group] if group < len(self.host_groups) else HostGroup(self.hosts)
+
+    @property
+    def measures_speed(self) -> bool:
+        """Whether expert hosts measure how quick they are: where there are several kinds, and none says its speed."""
+        return bool(self.host_groups) and all(group.speed is None for group in self.host_groups)
 
     @property
     def first_engines(self) -> int:

@@ -50,6 +50,8 @@ class ClusterState:
     model: str | None = None
     ray_address: str | None = None
     run_dir: str | None = None
+    experts: str | None = None
+    """in words the dtypes of the experts, where a budget has decided them"""
     timings_s: dict[str, float] | None = None
 
     def with_(self, **changes: Any) -> "ClusterState":

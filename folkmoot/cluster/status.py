@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from folkmoot.cluster.healing import phase_of, start_error, troubles
+from folkmoot.cluster.placement import HostSlot
 from folkmoot.cluster.router_state import HostState, Life, RouterState
 from folkmoot.cluster.spec import ClusterSpec
 from folkmoot.experts import expert_map as maps
@@ -15,7 +16,7 @@ def document(
     spec: ClusterSpec, state: RouterState, error: str | None, scaling: dict[str, Any], balance: dict[str, Any]
 ) -> dict[str, Any]:
     """The document: keys are stable, new ones may come. Times are Unix seconds, sizes bytes."""
-    missing = maps.missing(state.expert_map)
+    missing, slots = maps.missing(state.expert_map), state.slots
     return {
         "cluster": spec.name,
         "model": spec.model,
@@ -31,10 +32,12 @@ def document(
             "missing": len(missing),
             "published": state.is_publishable,
         },
+        "expert_dtype": spec.expert_dtype,
+        "expert_choice": None if spec.expert_choice is None else spec.expert_choice.document(),
         "autoscaling": scaling,
         "balance": balance,
         "healing": [asdict(trouble) for trouble in troubles(state)],
-        "hosts": [_host(h, state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
+        "hosts": [_host(h, slots[h.host], state) for h in sorted(state.hosts.values(), key=lambda h: h.host)],
         "engines": [
             {"engine": e.engine, "phase": e.phase, "pid": e.pid, **e.info}
             for e in sorted(state.engines.values(), key=lambda e: e.engine)
@@ -56,7 +59,7 @@ def _replica_counts(state: RouterState) -> list[int]:
     return [len(replicas) for experts in state.expert_map.layers.values() for replicas in experts]
 
 
-def _host(host: HostState, state: RouterState) -> dict[str, Any]:
+def _host(host: HostState, slot: HostSlot, state: RouterState) -> dict[str, Any]:
     life = host.serving or host.pending or (host.lives[-1] if host.lives else Life(host.incarnation, host.columns))
     return {
         "host": host.host,
@@ -68,6 +71,10 @@ def _host(host: HostState, state: RouterState) -> dict[str, Any]:
         "incarnation": life.incarnation,
         "experts": list(life.columns),
         "extra_replicas": len(life.extras),
+        "capacity": slot.capacity,
+        "speed": slot.speed,
+        "rows_per_s": dict(host.rows_s),
+        "threads": life.threads,
         "bytes": life.bytes,
         "shared_bytes": life.shared_bytes,
         "load_s": round(life.load_s, 3),

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from folkmoot.experts.expert_choice import LETTERS
 from folkmoot.gateway.client import Client
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import COUNTERS
@@ -92,6 +93,8 @@ def parts(document: dict[str, Any], speed: Rates | None = None) -> Iterator[Rend
         return
     if document["map"]["layers"]:
         yield _map_line(document["map"])
+        if (choice := document.get("expert_choice")) is not None:
+            yield _dtypes_line(document["expert_dtype"], choice)
         yield hosts_table(document["hosts"], speed=speed)
         for trouble in document["healing"]:
             yield Text(f"{trouble['host']} {trouble['state']}: {trouble['detail']}".strip())
@@ -156,6 +159,12 @@ def _map_line(facts: dict[str, Any]) -> str:
         f"{facts['replicas_least']} of {facts['replicas_wanted']} replicas"
     )
     return line + (f", [bold red]{facts['missing']} experts without a host[/]" if facts["missing"] else "")
+
+
+def _dtypes_line(asked: str, facts: dict[str, Any]) -> str:
+    counts = ", ".join(f"{facts[kind]} in {kind}" for kind in reversed(LETTERS) if kind in facts)
+    size = f"{facts['bytes'] / 2**20:.1f} MiB, {facts['of_bf16']:.2f} of bf16's"
+    return f"experts {asked}: {counts}; {size}; expected relative error {facts['relative_error']:.2%}"
 
 
 def _lanes_table(lanes: dict[str, dict[str, Any]]) -> Table:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from folkmoot import logs
 from folkmoot.cluster import environment, host_groups
+from folkmoot.cluster.expert_precision import read_loads
 from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
-from folkmoot.experts import expert_dtype
+from folkmoot.experts import expert_choice, expert_dtype
 from folkmoot.gateway.listen import OPEN_WITHOUT_KEYS, is_local
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class UpOptions:
     prefill_chunk: int | None = None
     dtype: str = "auto"
     expert_dtype: str = ClusterSpec.expert_dtype
+    expert_loads: Path | None = None
+    """what `folkmoot experts --json` printed: where a budget decides, experts that are often used get more bits"""
     device: str = "cpu"
     tenant_weights: str = ""
     """NAME=WEIGHT,...: shares of each lane; 1 for who is not named"""
@@ -124,9 +127,7 @@ def make_spec(
         replicas=replicas,
         share_weights=shares_weights(options),
         templates=shares_weights(options) if options.templates is None else options.templates,
-        column_bytes=expert_dtype.column_bytes(
-            shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype
-        ),
+        column_bytes=_column_bytes(options, shape),
         several_nodes=options.address is not None,
         background_workers=_background_workers(options, shape),
         host_cpus=options.cpus_per_host,
@@ -171,25 +172,43 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
 def check_experts(options: UpOptions, model_path: Path, shape: "ModelShape") -> None:
     """Raises StartError or PlacementError where experts cannot be had, or placed, as asked for."""
     num_hosts_and_replicas(options, shape.num_experts)
-    _check_expert_dtype(options, model_path)
+    _check_expert_dtype(options, model_path, shape)
     _check_host_groups(options, shape)
 
 
 def _check_host_groups(options: UpOptions, shape: "ModelShape") -> None:
     """Raises PlacementError where host groups have no room for all experts."""
     if options.host_groups and shape.num_experts:
-        size = expert_dtype.column_bytes(shape.expert_bytes * len(shape.moe_layers), shape.dtype, options.expert_dtype)
+        size = _column_bytes(options, shape)
         most = options.max_experts_per_host
         host_groups.check_fit(options.host_groups, shape.num_experts, options.replicas or 1, size, most)
 
 
-def _check_expert_dtype(options: UpOptions, model_path: Path) -> None:
+def _column_bytes(options: UpOptions, shape: "ModelShape") -> int:
+    """About what an expert of every layer takes; where a budget decides, in the mean."""
+    checkpoint_bytes = shape.expert_bytes * len(shape.moe_layers) * shape.num_experts
+    size = expert_dtype.all_bytes(checkpoint_bytes, shape.dtype, options.expert_dtype)
+    return size // max(1, shape.num_experts)
+
+
+def _check_expert_dtype(options: UpOptions, model_path: Path, shape: "ModelShape") -> None:
     """Raises StartError where the model's experts cannot be had as asked for."""
     amx = expert_dtype.has_amx() if options.address is None else None
     try:
         expert_dtype.check(model_path, options.expert_dtype, dtype=options.dtype, device=options.device, amx=amx)
+        _column_bytes(options, shape)
+        if options.expert_loads is not None:
+            _check_loads(options, shape)
     except ValueError as e:
         raise StartError(str(e)) from e
+
+
+def _check_loads(options: UpOptions, shape: "ModelShape") -> None:
+    """Raises ValueError."""
+    assert options.expert_loads is not None
+    if expert_choice.parse(options.expert_dtype) is None:
+        raise ValueError(f"--expert-loads needs --expert-dtype auto:BUDGET, not {options.expert_dtype}")
+    read_loads(options.expert_loads, shape.moe_layers, shape.num_experts)
 
 
 def resolve_model(model: str, progress: Callable[[str, float], None]) -> "tuple[Path, ModelShape]":

@@ -5,10 +5,13 @@ started.
 """
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from folkmoot.experts import expert_choice
 
 CHECKPOINT = "checkpoint"
 """As the checkpoint has them, in the model's dtype where it has them unquantised."""
@@ -28,8 +31,7 @@ def check(
 
     `amx` says whether the processors that run experts have AMX; None: that is not known, or they are not x86.
     """
-    if expert_dtype not in NAMES:
-        raise ValueError(f"--expert-dtype {expert_dtype}: one of {', '.join(NAMES)}")
+    budget = check_name(expert_dtype)
     config = json.loads((checkpoint / "config.json").read_text())
     has = held(config)
     if expert_dtype in (CHECKPOINT, has):
@@ -43,6 +45,8 @@ def check(
             raise ValueError(f"--expert-dtype bf16: unquantised experts have the model's dtype, here --dtype {dtype}")
     elif device == "cpu":
         _check_cpu(expert_dtype, config)
+    elif budget is not None:
+        raise ValueError(f"--expert-dtype {expert_dtype}: a budget decides on a CPU only")
     elif expert_dtype not in ON_CUDA:
         raise ValueError(
             f"--expert-dtype {expert_dtype}: from unquantised experts a GPU makes {', '.join(ON_CUDA)}; "
@@ -50,8 +54,15 @@ def check(
         )
 
 
+def check_name(expert_dtype: str) -> expert_choice.Budget | None:
+    """The budget, where it is one. ValueError for what is neither a dtype nor auto:BUDGET."""
+    if (budget := expert_choice.parse(expert_dtype)) is None and expert_dtype not in NAMES:
+        raise ValueError(f"--expert-dtype {expert_dtype}: one of {', '.join(NAMES)}, auto:BUDGET")
+    return budget
+
+
 def _check_cpu(expert_dtype: str, config: Mapping[str, Any]) -> None:
-    if expert_dtype not in ON_CPU:
+    if expert_dtype not in ON_CPU and expert_choice.parse(expert_dtype) is None:
         raise ValueError(
             f"--expert-dtype {expert_dtype}: from unquantised experts a CPU makes {' and '.join(ON_CPU)}; for others "
             "vLLM has no kernel on a processor without AMX, and with it only for checkpoints that come so"
@@ -81,8 +92,13 @@ def held(config: Mapping[str, Any]) -> str | None:
     return method
 
 
-def column_bytes(checkpoint_bytes: int, dtype: str, expert_dtype: str) -> int:
-    """About what experts take in memory that are so large in a checkpoint whose weights are of `dtype`."""
+def all_bytes(checkpoint_bytes: int, dtype: str, expert_dtype: str) -> int:
+    """About what experts take in memory that are so large in a checkpoint whose weights are of `dtype`: all of them,
+    where a budget decides. ValueError where they do not fit in it."""
+    if (budget := expert_choice.parse(expert_dtype)) is not None:
+        bf16 = checkpoint_bytes // 2 if dtype == "float32" else checkpoint_bytes
+        budget.check(math.ceil(expert_choice.LEAST * bf16), bf16)
+        return min(bf16, budget.limit(bf16))
     most = {"int8": 8.5, "fp8": 8.5, "int4": 4.75, "mxfp4": 4.75}.get(expert_dtype)  # bits, with scales and padding
     return checkpoint_bytes if most is None else round(checkpoint_bytes * most / (32 if dtype == "float32" else 16))
 

@@ -23,7 +23,7 @@ import torch
 from setproctitle import setproctitle
 
 from folkmoot import logs
-from folkmoot.experts import native, secret, wire
+from folkmoot.experts import host_speed, native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_dtype import CHECKPOINT
 from folkmoot.experts.expert_map import HostAddress
@@ -85,9 +85,13 @@ class HostSpec:
     dtype: str = "auto"
     expert_dtype: str = CHECKPOINT
     """what the experts are quantised to (expert_dtype.py)"""
+    expert_letters: Mapping[int, str] | None = None
+    """... where that differs: of each MoE layer a letter an expert (expert_choice.py)"""
     device: str = "cpu"
     threads: int = 1
     yield_us: int = 40
+    measures: bool = False
+    """say how quick it is (host_speed.py)"""
     memory_fd: int | None = None
     """memory file that the warm parent keeps for the weights that the hosts of a node share; None: private weights"""
 
@@ -95,7 +99,8 @@ class HostSpec:
     def from_dict(raw: Mapping[str, Any]) -> "HostSpec":
         """Build from JSON data, whose layer numbers are strings. Raises TypeError for unknown keys."""
         experts = {int(n): tuple(int(e) for e in es) for n, es in raw["experts"].items()}
-        return HostSpec(**{**raw, "experts": experts})
+        letters = raw.get("expert_letters") and {int(n): str(row) for n, row in raw["expert_letters"].items()}
+        return HostSpec(**{**raw, "experts": experts, "expert_letters": letters})
 
 
 def main(spec: dict[str, Any], control: Control) -> None:
@@ -108,15 +113,17 @@ def main(spec: dict[str, Any], control: Control) -> None:
     torch.set_num_threads(host.threads)
     hosted = _loaded.get(_content(host)) or _load(host)
     slots = {n: len(experts) for n, experts in host.experts.items() if experts}
+    load_s = time.monotonic() - began
+    rows_s = host_speed.measure(hosted.layers, slots) if host.measures else {}
     server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: _report(control, load))
     address = server.listen()
-    load_s = time.monotonic() - began
     log.info(
         "host %s holds %d bytes of experts, %d of them shared, loaded in %.2f s",
         *(host.host, hosted.bytes, hosted.shared_bytes, load_s),
     )
     facts = {"bytes": hosted.bytes, "shared_bytes": hosted.shared_bytes, "load_s": load_s}
-    control.send({"event": "ready", "address": asdict(address), **facts})
+    speed = {"threads": torch.get_num_threads(), "rows_s": rows_s}
+    control.send({"event": "ready", "address": asdict(address), **facts, **speed})
     server.serve()
 
 
@@ -161,7 +168,8 @@ def _check_alone() -> None:
 
 def _content(host: HostSpec) -> tuple[object, ...]:
     experts = tuple(sorted((n, tuple(es)) for n, es in host.experts.items()))
-    return host.checkpoint, host.dtype, host.expert_dtype, host.device, experts
+    letters = tuple(sorted((host.expert_letters or {}).items()))
+    return host.checkpoint, host.dtype, host.expert_dtype, letters, host.device, experts
 
 
 def _load(host: HostSpec) -> "HostedExperts":
@@ -174,6 +182,7 @@ def _load(host: HostSpec) -> "HostedExperts":
         device=host.device,
         memory_fd=host.memory_fd,
         expert_dtype=host.expert_dtype,
+        expert_letters=host.expert_letters,
     )
 
 

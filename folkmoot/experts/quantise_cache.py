@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from folkmoot.experts.quantised import ExpertShape
+from folkmoot.experts.expert_choice import Errors
+from folkmoot.experts.quantised import KINDS, ExpertShape
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,22 @@ class ExpertCache:
     def keep_shapes(self, shapes: dict[int, ExpertShape]) -> None:
         """For the next start."""
         self._put(self.folder / "shapes.json", json.dumps({n: asdict(s) for n, s in shapes.items()}).encode())
+
+    def errors(self) -> Errors | None:
+        """What each dtype costs each expert, if it has been measured and kept."""
+        path = self.folder / "errors.json"
+        try:
+            raw = json.loads(path.read_text())
+            return {int(n): {k: tuple(map(float, by_kind[k])) for k in KINDS} for n, by_kind in raw.items()}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            log.warning("%s is made again: %s", path, e)
+            return None
+
+    def keep_errors(self, errors: Errors) -> None:
+        """For the next start."""
+        self._put(self.folder / "errors.json", json.dumps(errors).encode())
 
     def read(self, shape: ExpertShape, kind: str, layer: int, expert: int) -> tuple[torch.Tensor, float] | None:
         """The expert's bytes and its error, as `quantise` gave them; None where they are to be made."""

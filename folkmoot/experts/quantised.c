@@ -1,15 +1,17 @@
-// Experts of 8 and 4 bits a weight, on any processor; quick where it has AVX-512 VNNI.
+// Experts of 16, 8 and 4 bits a weight, on any processor; quick where it has AVX-512 VNNI.
 //
 // A row is quantised in groups of 32 values to 8 bits, each group with a float32 scale of its own. Products of a group
 // are summed exactly, in 32-bit integers; the groups' sums are scaled and added in float32, in order. So a row's result
-// depends neither on the other rows of a call nor on how the work is cut up, and both paths give the same bits.
+// depends neither on the other rows of a call nor on how the work is cut up, and both paths give the same bits. For
+// experts of 16 bits rows stay as they are, in float32, and products are added one input after the other.
 //
 // An expert is one run of bytes ("blob"): w13 | w13 scales | w2 | w2 scales | w13 bias | w2 bias, each part at a
 // multiple of 64. Matrices are cut into blocks of 32 output channels, which lie one after the other; in a block stand,
 // for each 4 inputs, 16 channels' 4 bytes and then the other 16 channels'. In w13 the first 16 are gate channels, the
 // others the up channels that they are multiplied with. 8 bits: a byte is weight + 128, and each channel has a float32
 // scale. 4 bits: the low half of a byte is weight + 8 of one step of 4 inputs, the high half of the next step; each
-// channel has a bfloat16 scale a group of 32 inputs, which stand by block, group and channel.
+// channel has a bfloat16 scale a group of 32 inputs, which stand by block, group and channel. 16 bits: bfloat16 weights
+// without scales; in a block stand the 32 channels' weights for each input.
 
 #include <math.h>
 #include <stdint.h>
@@ -26,7 +28,7 @@
 #define INLINE static inline __attribute__((always_inline))  // else clones call what is not of their own target
 
 enum { GROUP = 32, LANES = 16, BLOCK = 32, TILE = 4, STEPS = GROUP / 4, ALIGN = 64 };
-enum { INT4 = 4, INT8 = 8 };
+enum { INT4 = 4, INT8 = 8, BF16 = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { SILU = 0, SWIGLUOAI = 1 };
 #define CANDIDATES 11
@@ -54,6 +56,7 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t matrix_bytes(int kind, int64_t channels, int64_t inputs) { return channels * inputs * kind / 8; }
 
 static int64_t scale_bytes(int kind, int64_t channels, int64_t inputs) {
+    if (kind == BF16) return 0;
     return kind == INT8 ? channels * 4 : channels * (inputs / GROUP) * 2;
 }
 
@@ -128,7 +131,8 @@ INLINE void put(uint8_t *block, int kind, int64_t vector, int lane, int64_t inpu
         block[((step / 2 * 2 + vector) * LANES + lane) * 4 + input % 4] |= (uint8_t)((q + 8) << (step % 2 * 4));
 }
 
-// One channel's weights into its block; returns the squared error. `width`: inputs with padding.
+// One channel's weights into its block; returns the squared error. `width`: inputs with padding. Without `block` and
+// `scales` only the error is computed.
 CLONES static double pack_channel(const float *w, int64_t inputs, int64_t width, int kind, int64_t vector, int lane,
                                   uint8_t *block, uint8_t *scales) {
     float largest = 0, scale = 0;
@@ -141,18 +145,30 @@ CLONES static double pack_channel(const float *w, int64_t inputs, int64_t width,
             scale = largest / 127;
         } else {
             uint16_t rounded = to_bfloat16(best_scale4(group));
-            ((uint16_t *)scales)[(g / GROUP * 2 + vector) * LANES + lane] = rounded;
+            if (scales) ((uint16_t *)scales)[(g / GROUP * 2 + vector) * LANES + lane] = rounded;
             scale = as_float((uint32_t)rounded << 16);
         }
         float inverse = scale == 0 ? 0 : 1 / scale;
         for (int i = 0; i < GROUP; i++) {
             int32_t q = nearest(group[i] * inverse);
             q = kind == INT8 ? clamped(q, -127, 127) : clamped(q, -8, 7);
-            put(block, kind, vector, lane, g + i, q);
+            if (block) put(block, kind, vector, lane, g + i, q);
             error += (double)(group[i] - (float)q * scale) * (group[i] - (float)q * scale);
         }
     }
-    if (kind == INT8) ((float *)scales)[vector * LANES + lane] = scale;
+    if (kind == INT8 && scales) ((float *)scales)[vector * LANES + lane] = scale;
+    return error;
+}
+
+// The same for 16 bits.
+CLONES static double pack_channel16(const float *w, int64_t inputs, int64_t vector, int lane, uint16_t *block) {
+    double error = 0;
+    for (int64_t k = 0; k < inputs; k++) {
+        uint16_t rounded = to_bfloat16(w[k]);
+        double off = (double)w[k] - (double)as_float((uint32_t)rounded << 16);
+        if (block) block[k * BLOCK + vector * LANES + lane] = rounded;
+        error += off * off;
+    }
     return error;
 }
 
@@ -169,9 +185,20 @@ static double pack_matrix(const float *first, int64_t num_first, const float *se
             for (int l = 0; l < LANES; l++) {
                 int64_t channel = b * stride + l;
                 if (channel >= (v ? num_second : num_first)) continue;
-                error += pack_channel((v ? second : first) + channel * inputs, inputs, width, kind, v, l,
-                                      out + b * block_bytes, scales + b * block_scales);
+                const float *w = (v ? second : first) + channel * inputs;
+                uint8_t *block = out + b * block_bytes;
+                error += kind == BF16 ? pack_channel16(w, inputs, v, l, (uint16_t *)block)
+                                      : pack_channel(w, inputs, width, kind, v, l, block, scales + b * block_scales);
             }
+    return error;
+}
+
+// Of some channels [channels, inputs], float32: the squared error that packing them would make.
+double fm_squared_error(const float *w, int64_t channels, int64_t inputs, int32_t kind) {
+    double error = 0;
+    for (int64_t c = 0; c < channels; c++, w += inputs)
+        error += kind == BF16 ? pack_channel16(w, inputs, 0, 0, NULL)
+                              : pack_channel(w, inputs, up(inputs, GROUP), kind, 0, 0, NULL, NULL);
     return error;
 }
 
@@ -280,10 +307,11 @@ CLONES static void activate(const float *gate, const float *up_, int activation,
 
 // ---- One block of 32 channels times up to TILE rows
 
-// What a tile is made of: a block's weights and scales, and rows from number `row` on.
+// What a tile is made of: a block's weights and scales, and rows from number `row` on. `floats`: the rows, unrounded.
 struct tile {
     const uint8_t *weights, *scales;
     const struct rows8 *rows;
+    const float *floats;
     int64_t row, groups;
     int count, kind;
 };
@@ -316,11 +344,23 @@ CLONES static void dot_portable(const struct tile *t, float out[TILE][BLOCK]) {
     }
 }
 
+CLONES static void dot_portable16(const struct tile *t, float out[TILE][BLOCK]) {
+    int64_t width = t->rows->width;
+    for (int r = 0; r < t->count; r++) {
+        const float *x = t->floats + (t->row + r) * width;
+        const uint16_t *w = (const uint16_t *)t->weights;
+        float *f = out[r];
+        for (int c = 0; c < BLOCK; c++) f[c] = 0;
+        for (int64_t k = 0; k < width; k++, w += BLOCK)
+            for (int c = 0; c < BLOCK; c++) f[c] = fmaf(as_float((uint32_t)w[c] << 16), x[k], f[c]);
+    }
+}
+
 #if defined(__x86_64__)
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define INLINE_VNNI static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
-INLINE_VNNI __m512 bfloat16_scales(const uint8_t *at) {
+INLINE_VNNI __m512 bfloat16s(const uint8_t *at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
 }
 
@@ -363,7 +403,7 @@ INLINE_VNNI void dot_tile(const struct tile *t, const int count, const int kind,
             }
         }
         for (int v = 0; v < 2; v++) {
-            __m512 sw = kind == INT4 ? bfloat16_scales(t->scales + (g * 2 + v) * LANES * 2) : _mm512_setzero_ps();
+            __m512 sw = kind == INT4 ? bfloat16s(t->scales + (g * 2 + v) * LANES * 2) : _mm512_setzero_ps();
             for (int r = 0; r < count; r++) {
                 __m512 sum = _mm512_cvtepi32_ps(acc[r][v]);
                 if (kind == INT4) sum = _mm512_mul_ps(sum, sw);
@@ -378,7 +418,28 @@ INLINE_VNNI void dot_tile(const struct tile *t, const int count, const int kind,
         }
 }
 
-#define KINDS(count) t->kind == INT8 ? dot_tile(t, count, INT8, out) : dot_tile(t, count, INT4, out)
+INLINE_VNNI void dot_tile16(const struct tile *t, const int count, float out[TILE][BLOCK]) {
+    int64_t width = t->rows->width;
+    const float *x = t->floats + t->row * width;
+    const uint8_t *w = t->weights;
+    __m512 f[TILE][2];
+    for (int r = 0; r < count; r++) f[r][0] = f[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k++, w += BLOCK * 2) {
+        __m512 w0 = bfloat16s(w), w1 = bfloat16s(w + LANES * 2);
+        for (int r = 0; r < count; r++) {
+            __m512 value = _mm512_set1_ps(x[r * width + k]);
+            f[r][0] = _mm512_fmadd_ps(w0, value, f[r][0]);
+            f[r][1] = _mm512_fmadd_ps(w1, value, f[r][1]);
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < 2; v++) _mm512_storeu_ps(out[r] + v * LANES, f[r][v]);
+}
+
+#define KINDS(count)                                     \
+    t->kind == INT8   ? dot_tile(t, count, INT8, out)    \
+    : t->kind == INT4 ? dot_tile(t, count, INT4, out)    \
+                      : dot_tile16(t, count, out)
 
 VNNI static void dot_vnni(const struct tile *t, float out[TILE][BLOCK]) {
     switch (t->count) {
@@ -411,7 +472,7 @@ static void dot(const struct tile *t, float out[TILE][BLOCK]) {
         return;
     }
 #endif
-    dot_portable(t, out);
+    t->kind == BF16 ? dot_portable16(t, out) : dot_portable(t, out);
 }
 
 // ---- A layer
@@ -420,7 +481,7 @@ struct experts {
     struct shape shape;
     int32_t num_slots, pad;
     const uint8_t *const *blobs;  // by slot
-    const uint8_t *kinds;         // INT4 or INT8, by slot
+    const uint8_t *kinds;         // INT4, INT8 or BF16, by slot
 };
 
 // One expert's rows: sorted rows `begin` to `end`.
@@ -435,7 +496,7 @@ struct layer_call {
     const struct segment *segments;
     const int32_t *order;  // sorted row -> row of the call
     struct rows8 in, mid;
-    float *inner;  // [rows, intermediate, padded]
+    float *wide, *inner;  // the same, unrounded: [rows, hidden], [rows, intermediate], padded
     void *out;
     int64_t h, i;  // padded
     int dtype;
@@ -447,8 +508,9 @@ static void add_bias(float *values, const float *bias) {
 
 static void first_half(const struct layer_call *c, const struct segment *s, int64_t block) {
     struct parts p = parts_of(&c->e->shape, s->kind);
-    struct tile t = {s->blob + p.w13 + block * matrix_bytes(s->kind, BLOCK, c->h),
-                     s->blob + p.s13 + block * scale_bytes(s->kind, BLOCK, c->h), &c->in, 0, c->h / GROUP, 0, s->kind};
+    struct tile t = {.weights = s->blob + p.w13 + block * matrix_bytes(s->kind, BLOCK, c->h),
+                     .scales = s->blob + p.s13 + block * scale_bytes(s->kind, BLOCK, c->h),
+                     .rows = &c->in, .floats = c->wide, .groups = c->h / GROUP, .kind = s->kind};
     for (t.row = s->begin; t.row < s->end; t.row += TILE) {
         float sums[TILE][BLOCK];
         t.count = (int)(s->end - t.row < TILE ? s->end - t.row : TILE);
@@ -463,8 +525,9 @@ static void first_half(const struct layer_call *c, const struct segment *s, int6
 
 static void second_half(const struct layer_call *c, const struct segment *s, int64_t block) {
     struct parts p = parts_of(&c->e->shape, s->kind);
-    struct tile t = {s->blob + p.w2 + block * matrix_bytes(s->kind, BLOCK, c->i),
-                     s->blob + p.s2 + block * scale_bytes(s->kind, BLOCK, c->i), &c->mid, 0, c->i / GROUP, 0, s->kind};
+    struct tile t = {.weights = s->blob + p.w2 + block * matrix_bytes(s->kind, BLOCK, c->i),
+                     .scales = s->blob + p.s2 + block * scale_bytes(s->kind, BLOCK, c->i),
+                     .rows = &c->mid, .floats = c->inner, .groups = c->i / GROUP, .kind = s->kind};
     int64_t hidden = c->e->shape.hidden, at = block * BLOCK, num = hidden - at < BLOCK ? hidden - at : BLOCK;
     int64_t size = c->dtype == FLOAT32 ? 4 : 2;
     for (t.row = s->begin; t.row < s->end; t.row += TILE) {
@@ -524,7 +587,7 @@ int32_t fm_run_experts(const struct experts *e, const void *x, const int32_t *sl
     c.in = take_rows8(&at, rows, h);
     c.mid = take_rows8(&at, rows, i);
     c.inner = (float *)take(&at, rows * i * 4);
-    float *wide = (float *)take(&at, rows * h * 4);
+    c.wide = (float *)take(&at, rows * h * 4);
     int64_t num = sort_rows(e, slots, rows, order, segments, starts), blocks13 = i / LANES, blocks2 = h / BLOCK;
     if (num < 0) return -1;
     int64_t size = dtype == FLOAT32 ? 4 : 2;
@@ -533,8 +596,9 @@ int32_t fm_run_experts(const struct experts *e, const void *x, const int32_t *sl
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            to_float((const char *)x + order[r] * hidden * size, dtype, hidden, h, wide + r * h);
-            quantise_row(wide + r * h, h, c.in.values + r * h, c.in.scales + r * (h / GROUP), c.in.sums + r * (h / GROUP));
+            to_float((const char *)x + order[r] * hidden * size, dtype, hidden, h, c.wide + r * h);
+            quantise_row(c.wide + r * h, h, c.in.values + r * h, c.in.scales + r * (h / GROUP),
+                         c.in.sums + r * (h / GROUP));
         }
 #pragma omp for schedule(dynamic, 4)
         for (int64_t u = 0; u < num * blocks13; u++) first_half(&c, segments + u / blocks13, u % blocks13);

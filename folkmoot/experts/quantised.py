@@ -1,4 +1,5 @@
-"""Experts of 8 and 4 bits a weight on a CPU: made from weights of more bits, and run by quantised.c.
+"""Experts of 8 and 4 bits a weight on a CPU: made from weights of more bits, and run by quantised.c. Beside them in a
+layer there may be experts of 16 bits.
 
 vLLM's own kernels of these dtypes need AMX, know one activation and take no biases, so that many processors and models
 have none. Here every expert is one run of bytes, so experts of one layer may differ in dtype, lie in a file or in
@@ -6,7 +7,7 @@ memory that hosts share, and need nothing done to them before they run.
 
 int8: one scale a channel, the largest weight over 127. int4: one scale for 32 weights, chosen for the least squared
 error. Rows are rounded to 8 bits on their way in and between the two matrices, each 32 values with a scale of their
-own.
+own. bf16: weights in bfloat16, rows as they are.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-KINDS = {"int4": 4, "int8": 8}
+KINDS = {"int4": 4, "int8": 8, "bf16": 16}
 """What an expert can be made into, and bits a weight."""
 ACTIVATIONS = {"silu": 0, "swigluoai": 1}
 """Those of vLLM's names that quantised.c knows."""
@@ -56,6 +57,7 @@ def _function(name: str, restype: Any, *argtypes: Any) -> Any:
 _library = _load()
 _expert_bytes = _function("fm_expert_bytes", c_int64, c_void_p, c_int32)
 _pack_expert = _function("fm_pack_expert", c_double, c_void_p, c_int32, *[c_void_p] * 7)
+_squared_error = _function("fm_squared_error", c_double, c_void_p, c_int64, c_int64, c_int32)
 _scratch_bytes = _function("fm_scratch_bytes", c_int64, c_void_p, c_int64)
 _run_experts = _function("fm_run_experts", c_int32, *[c_void_p] * 4, c_int64, c_int32, c_int32, c_void_p)
 use_vnni = _function("fm_vnni", c_int32, c_int32)
@@ -104,16 +106,12 @@ class Weights:
 
 def quantise(shape: ExpertShape, kind: str, weights: Weights) -> tuple[torch.Tensor, float]:
     """An expert's bytes, uint8 [shape.bytes(kind)], and its error: |w - w'|^2 / |w|^2 over all its weights."""
-    gate, up = _halves(shape, weights.w13)
-    down = weights.w2.float().contiguous()
+    gate, up, down = _matrices(shape, weights)
     biases: list[torch.Tensor] = []
     if shape.has_bias:
         if weights.b13 is None or weights.b2 is None:
             raise ValueError("an expert with biases needs b13 and b2")
         biases = [*_halves(shape, weights.b13), weights.b2.float().contiguous()]
-    for got, want in ((gate, (shape.intermediate, shape.hidden)), (down, (shape.hidden, shape.intermediate))):
-        if tuple(got.shape) != want:
-            raise ValueError(f"a matrix of the expert is {tuple(got.shape)}, not {want}")
     blob = torch.empty(shape.bytes(kind), dtype=torch.uint8)
     inputs = [t.data_ptr() for t in (gate, up, down, *biases)] + [None] * (3 - len(biases))
     squared: float = _pack_expert(ctypes.byref(shape.raw), KINDS[kind], *inputs, blob.data_ptr())
@@ -121,12 +119,31 @@ def quantise(shape: ExpertShape, kind: str, weights: Weights) -> tuple[torch.Ten
     return blob, squared / total if total else 0.0
 
 
-def _halves(shape: ExpertShape, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate and up of what vLLM keeps in one tensor, float32."""
-    if shape.activation == "swigluoai":
-        return both[0::2].float().contiguous(), both[1::2].float().contiguous()
-    gate, up = both.float().chunk(2)
-    return gate.contiguous(), up.contiguous()
+def sampled_errors(shape: ExpertShape, weights: Weights, every: int) -> dict[str, float]:
+    """Of each of KINDS about the error that `quantise` would give: measured on one output channel in `every`."""
+    squared, total = dict.fromkeys(KINDS, 0.0), 0.0
+    for matrix in _matrices(shape, weights, every):
+        total += float(matrix.double().square().sum())
+        for kind, bits in KINDS.items():
+            squared[kind] += _squared_error(matrix.data_ptr(), *matrix.shape, bits)
+    return {kind: error / total if total else 0.0 for kind, error in squared.items()}
+
+
+def _matrices(shape: ExpertShape, weights: Weights, every: int = 1) -> tuple[torch.Tensor, ...]:
+    """Gate, up and down [output channels, inputs], float32; one channel in `every`."""
+    gate, up = _halves(shape, weights.w13, every)
+    down = weights.w2[::every].float().contiguous()
+    wanted = ((shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+    for got, (channels, inputs) in zip((gate, down), wanted, strict=True):
+        if tuple(got.shape) != (want := (-(-channels // every), inputs)):
+            raise ValueError(f"a matrix of the expert is {tuple(got.shape)}, not {want}")
+    return gate, up, down
+
+
+def _halves(shape: ExpertShape, both: torch.Tensor, every: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up of what vLLM keeps in one tensor, float32; one channel in `every`."""
+    gate, up = (both[0::2], both[1::2]) if shape.activation == "swigluoai" else both.chunk(2)
+    return gate[::every].float().contiguous(), up[::every].float().contiguous()
 
 
 class QuantisedKernel:

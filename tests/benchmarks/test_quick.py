@@ -22,6 +22,7 @@ KEYS = {
     },
     "cost": {
         *("int8_memory_ratio", "int4_memory_ratio", "best_cost_ratio", "best_cost_ratio_perplexity_rise"),
+        *("auto_memory_ratio", "demo_auto_kl"),
         "tiny_int8_tokens_s_bs8",
     },
     "chaos": {"faults", "faults_planned", "requests", "violations", "leaks"},

@@ -161,15 +161,6 @@ def cluster(mixtral: Path, collector: Collector, tmp_path_factory: pytest.TempPa
         yield cluster
 
 
-@pytest.fixture(scope="session")
-def small_cluster(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """2 expert hosts, 1 replica of each expert, one engine: no expert can be missed. Tests may kill anything that comes
-    back, and wait first until all is healed."""
-    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
-    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[Client]:
     with cluster.client() as client:

@@ -7,6 +7,7 @@ import pytest
 
 from folkmoot.cluster import app
 from folkmoot.cluster.leave import remaining
+from folkmoot.experts.expert_choice import Choice
 from tests.cluster.test_operation_runner import spec_of
 
 
@@ -23,6 +24,11 @@ from tests.cluster.test_operation_runner import spec_of
         ({"model": "m", "stall_s": 11}, "stall_s: 11.0 is not in the range 0.05<=x<=10.0"),
         ({"model": "m", "placement": "there"}, "placement: 'there' is not one of 'spread', 'pack'"),
         ({"model": "m", "hosts": 2, "experts_per_host": 4}, "exclude each other"),
+        ({"model": "m", "expert_dtype": "int2"}, "expert_dtype: --expert-dtype int2: one of checkpoint, bf16, "),
+        (
+            {"model": "m", "expert_dtype": "auto:2"},
+            "expert_dtype: --expert-dtype auto:2: a part of bf16's memory is at",
+        ),
         ({"model": "m", "engine_resources": {"x": "much"}}, "engine_resources"),
     ],
 )
@@ -48,6 +54,8 @@ def test_a_cluster_without_a_store_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_only_what_each_cluster_has_for_itself_may_differ() -> None:
     running = spec_of()
     assert app.differences(running, replace(running, run_dir="/run/2", log_dir="/run/2/logs")) == []
+    chosen = replace(running, expert_choice=Choice({0: "48"}, 10, 20, 6, 0.01), column_bytes=6)
+    assert app.differences(chosen, running) == [], "a budget's choice follows from the rest, when a cluster is begun"
     assert app.differences(running, replace(running, hosts=5, dtype="float32")) == ["hosts", "dtype"]
 
 

@@ -23,14 +23,22 @@ from tests.cluster.changes import (
     tokens,
     tokens_with_kill,
 )
-from tests.cluster.conftest import Cluster, eventually, processes_of
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, processes_of, running
 
 pytestmark = pytest.mark.slow
 
+COLUMN_BYTES = 4 * 3 * 128 * 128 * 4  # 4 layers, 3 matrices, float32
+SMALL_MIB = 3 * COLUMN_BYTES / 2**20 + 0.5
+
 
 @pytest.fixture(scope="module")
-def fragile(small_cluster: Cluster) -> Cluster:
-    return small_cluster
+def fragile(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """2 expert hosts, 1 replica of each expert, one engine: no expert can be missed. host-1 has one thread, and room
+    for 3 of the 8 experts."""
+    groups = ("--host-group", "1:cpu=2", "--host-group", f"1:cpu=1,memory={SMALL_MIB}MiB")
+    options = ("--model", str(mixtral), *groups, "--replicas", "1", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -91,11 +99,13 @@ def test_readiness_follows_a_death_while_the_router_is_away(fragile: Cluster, vi
 
 
 def test_a_host_that_keeps_dying_is_quarantined_and_stood_in_for_and_comes_back(
-    fragile: Cluster, victim: dict[str, Any]
+    fragile: Cluster,
 ) -> None:
+    eventually(lambda: is_healed(fragile), 90.0, "healed")
+    before = [h["experts"] for h in fragile.status()["hosts"]]
     with fragile.client() as client:
         expected = tokens(client)
-        name, killed = victim["host"], set()
+        name, killed = "host-1", set()  # the other one has room for all
 
         def is_quarantined() -> bool:
             """Kills each life of the host that comes up."""
@@ -111,7 +121,7 @@ def test_a_host_that_keeps_dying_is_quarantined_and_stood_in_for_and_comes_back(
         assert tokens(client) == expected, "the other host stands in"
     eventually(lambda: is_healed(fragile), 120.0, f"it comes back: {fragile.status()['healing']}")
     status = fragile.status()
-    assert [len(h["experts"]) for h in status["hosts"]] == [4, 4]
+    assert [len(h["experts"]) for h in status["hosts"]] == [len(experts) for experts in before]
     assert status["map"]["replicas_least"] == 1
     assert host(fragile, name)["pid"] not in killed
 
@@ -137,6 +147,25 @@ def test_the_next_life_is_forked_from_the_template_and_without_it_from_the_warm_
     kill(template)
     assert eventually(lambda: loaded_template(fragile, first["host"]), 60.0, "another template") != template
     assert next_life(fragile, second) == host(fragile, first["host"]), "the host itself lived on"
+
+
+def test_hosts_of_two_kinds_hold_their_shares_and_come_back_with_what_is_theirs(fragile: Cluster) -> None:
+    eventually(lambda: is_healed(fragile), 90.0, "healed")
+    hosts = {h["host"]: h for h in fragile.status()["hosts"]}
+    large, small = hosts["host-0"], hosts["host-1"]
+    assert (large["threads"], large["capacity"], small["threads"], small["capacity"]) == (2, None, 1, 3)
+    for one in hosts.values():
+        assert list(one["rows_per_s"]) == ["4", "16", "64"] and min(one["rows_per_s"].values()) > 0
+    assert len(large["experts"]) + len(small["experts"]) == 8 and len(small["experts"]) <= 3
+    times = {h["host"]: len(h["experts"]) / h["speed"] for h in hosts.values()}
+    assert (len(large["experts"]) + 1) / large["speed"] >= times["host-1"]
+    assert len(small["experts"]) == 3 or (len(small["experts"]) + 1) / small["speed"] >= times["host-0"]
+    with fragile.client() as client:
+        expected = tokens(client, max_tokens=120)
+        assert tokens_with_kill(client, [small["pid"]]) == expected
+    again = next_life(fragile, small)
+    kept = ("experts", "threads", "capacity", "speed", "rows_per_s", "bytes")
+    assert {name: again[name] for name in kept} == {name: small[name] for name in kept}
 
 
 def next_life(cluster: Cluster, before: dict[str, Any]) -> dict[str, Any]:

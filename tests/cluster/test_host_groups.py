@@ -12,9 +12,9 @@ MIB = 2**20
 
 def test_what_a_group_may_say() -> None:
     assert parse("3") == HostGroup(3)
-    assert parse("2:cpu=4,memory=8GiB") == HostGroup(2, 4.0, 8 << 30, 4.0)
+    assert parse("2:cpu=4,memory=8GiB") == HostGroup(2, 4.0, 8 << 30, None)
     assert parse("1:memory=1.5MiB,speed=0.5") == HostGroup(1, None, 3 << 19, 0.5)
-    assert parse("1:cpu=4,speed=10").speed == 10
+    assert [parse(text).guess for text in ("1", "1:cpu=4", "1:cpu=4,speed=10")] == [1, 4, 10]
 
 
 @pytest.mark.parametrize(

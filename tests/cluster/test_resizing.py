@@ -1,7 +1,9 @@
 """A cluster that is resized while it serves: no request fails, and every answer is the one of a quiet cluster."""
 
+import json
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,18 +12,24 @@ from folkmoot.gateway.admin_client import AdminClient
 from folkmoot.gateway.client_errors import FolkmootError, InvalidRequest, NotFound, RequestIdInUse
 from folkmoot.gateway.pb import admin_pb2 as pb
 from tests.cluster.changes import Load, host, is_healed, kill_router
-from tests.cluster.conftest import Cluster, eventually
+from tests.cluster.conftest import FLOAT32, Cluster, eventually, running
 
 pytestmark = pytest.mark.slow
 
+LOADS = {"layers": [0, 1, 2, 3], "rows_total": [[1000, 1] * 4] * 4}
+
 
 @pytest.fixture(scope="module")
-def elastic(small_cluster: Cluster) -> Iterator[Cluster]:
-    """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order. Nobody
-    needs it after them."""
-    eventually(lambda: is_healed(small_cluster), 90.0, "healed, whatever was done to it before")
-    yield small_cluster
-    small_cluster.down()
+def elastic(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """2 expert hosts, 1 replica of each expert, one engine, to begin with; the tests change it in their order. Experts
+    differ in dtype, those of even numbers count as used more; by the end nothing of that may have changed."""
+    (loads := tmp_path_factory.mktemp("loads") / "experts.json").write_text(json.dumps(LOADS))
+    dtypes = ("--expert-dtype", "auto:0.4", "--expert-loads", str(loads))
+    options = ("--model", str(mixtral), "--hosts", "2", "--replicas", "1", *FLOAT32)
+    with running(tmp_path_factory.mktemp("state"), *options, *dtypes) as cluster:
+        begun = cluster.status()["expert_choice"]
+        yield cluster
+        assert cluster.status()["expert_choice"] == begun
 
 
 @pytest.fixture
@@ -42,6 +50,15 @@ def change(cluster: Cluster, *arguments: str) -> str:
 
 def sizes(cluster: Cluster) -> dict[str, int]:
     return {h["host"]: len(h["experts"]) for h in cluster.status()["hosts"]}
+
+
+def test_a_budget_has_decided_the_dtypes(elastic: Cluster) -> None:
+    status = elastic.status()
+    choice = status["expert_choice"]
+    assert status["expert_dtype"] == "auto:0.4" and 0.35 < choice["of_bf16"] <= 0.4
+    assert choice["int8"] + choice["int4"] == 32 and 0 < choice["int8"] <= 16
+    assert sum(h["bytes"] for h in status["hosts"]) == choice["bytes"]
+    assert f"experts auto:0.4: {choice['int8']} in int8, {choice['int4']} in int4" in elastic.run("status").stdout
 
 
 def test_more_hosts_take_experts_over(elastic: Cluster) -> None:

@@ -39,6 +39,17 @@ def test_shapes_come_back_as_they_were(cache: ExpertCache) -> None:
     assert cache.shapes() == shapes
 
 
+def test_errors_come_back_as_they_were(cache: ExpertCache, caplog: pytest.LogCaptureFixture) -> None:
+    assert cache.errors() is None
+    errors = {n: {"int4": (0.01, 0.02), "int8": (1e-4, 2e-4), "bf16": (0.0, 0.0)} for n in (0, 5)}
+    cache.keep_errors(errors)
+    assert cache.errors() == errors
+    for spoilt in ("{", "[1]", '{"0": {"int4": [1]}}', '{"0": 5}'):
+        (cache.folder / "errors.json").write_text(spoilt)
+        assert cache.errors() is None
+    assert caplog.text.count("errors.json is made again") == 4
+
+
 def test_another_checkpoint_or_dtype_has_a_folder_of_its_own(cache: ExpertCache, tmp_path: Path) -> None:
     for other in (
         ExpertCache(tmp_path, "changed files", "auto"),

@@ -6,9 +6,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from folkmoot.experts.quantised import ExpertShape, QuantisedKernel, Weights, quantise, use_vnni
+from folkmoot.experts.quantised import (
+    KINDS,
+    ExpertShape,
+    QuantisedKernel,
+    Weights,
+    quantise,
+    sampled_errors,
+    use_vnni,
+)
 
 GROUP = 32
+KINDS_OF_A_LAYER = [["int8"] * 4, ["int4"] * 4, ["bf16"] * 4, ["int4", "int8", "int8", "int4"], [*KINDS, "bf16"]]
 SHAPES = {
     "silu": ExpertShape(128, 96),
     "odd sizes": ExpertShape(100, 72),  # padded to whole groups and blocks
@@ -61,7 +70,7 @@ def distance(seen: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.025), ("int4", 0.2)])
+@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.005), ("int8", 0.025), ("int4", 0.2)])
 def test_a_quantised_expert_is_near_the_exact_one(shape: ExpertShape, kind: str, most: float) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x, run = rows(shape, 33, dtype), kernel(shape, [kind] * 3, dtype)
@@ -94,6 +103,29 @@ def test_the_bytes_are_what_the_kernel_file_says(kind: str) -> None:
     assert off.item() == pytest.approx(math.sqrt(error), rel=0.2)  # w2's error is in it, too
 
 
+def test_weights_that_are_bfloat16_stay_as_they_are_in_16_bits() -> None:
+    shape = SHAPES["silu"]
+    weights = random_weights(shape, 0)
+    rounded = Weights(weights.w13.bfloat16(), weights.w2.bfloat16())
+    blob, error = quantise(shape, "bf16", rounded)
+    assert error == 0
+    held = blob.view(torch.bfloat16)[: 2 * 96 * 128].view(6, 128, 2, 16)  # w13: block, input, vector, lane
+    assert torch.equal(held.permute(2, 0, 3, 1).reshape(2 * 96, 128), rounded.w13)
+    x = rows(shape, 7, torch.float32)
+    seen = QuantisedKernel(shape, ["bf16"], [blob], torch.float32)(x, torch.zeros(7, dtype=torch.int32))
+    assert distance(seen, expert(shape, rounded, x)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_errors_are_told_from_some_of_the_channels(shape: ExpertShape) -> None:
+    weights = random_weights(shape, 5)
+    whole, some = sampled_errors(shape, weights, 1), sampled_errors(shape, weights, 3)
+    for kind in KINDS:
+        assert whole[kind] == pytest.approx(quantise(shape, kind, weights)[1], rel=1e-6)
+        assert some[kind] == pytest.approx(whole[kind], rel=0.25) and some[kind] != whole[kind]
+    assert whole["int4"] > 20 * whole["int8"] > 100 * whole["bf16"] > 0
+
+
 def test_four_bits_are_better_than_rounding_to_the_largest_weight() -> None:
     shape = ExpertShape(256, 128)
     weights = random_weights(shape, 3)
@@ -105,7 +137,7 @@ def test_four_bits_are_better_than_rounding_to_the_largest_weight() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kinds", [["int8"] * 4, ["int4"] * 4, ["int4", "int8", "int8", "int4"]], ids="+".join)
+@pytest.mark.parametrize("kinds", KINDS_OF_A_LAYER, ids="+".join)
 def test_a_row_depends_on_nothing_but_itself(shape: ExpertShape, kinds: list[str]) -> None:
     run, x = kernel(shape, kinds), rows(shape, 50)
     slots = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
@@ -125,8 +157,8 @@ def test_a_row_depends_on_nothing_but_itself(shape: ExpertShape, kinds: list[str
 def test_a_processor_without_vnni_computes_the_same_bits(shape: ExpertShape) -> None:
     if not use_vnni(1):
         pytest.skip("this processor has only the portable path")
-    run, x = kernel(shape, ["int8", "int4"], torch.float32), rows(shape, 9, torch.float32)
-    slots = torch.arange(9, dtype=torch.int32) % 2
+    run, x = kernel(shape, list(KINDS), torch.float32), rows(shape, 25, torch.float32)
+    slots = torch.arange(25, dtype=torch.int32) % 3
     quick = run(x, slots)
     assert use_vnni(0) == 0
     assert torch.equal(quick, run(x, slots))
@@ -134,13 +166,13 @@ def test_a_processor_without_vnni_computes_the_same_bits(shape: ExpertShape) -> 
 
 def test_what_is_not_finite_stays_so_and_to_itself() -> None:
     shape = SHAPES["silu"]
-    run, x = kernel(shape, ["int8", "int4"]), rows(shape, 6)
-    slots = torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.int32)
+    run, x = kernel(shape, ["int8", "int4", "bf16"]), rows(shape, 8)
+    slots = torch.tensor([0, 1, 0, 1, 0, 1, 2, 2], dtype=torch.int32)
     sound = run(x, slots)
-    x[1, 7], x[4, 99] = float("nan"), float("inf")
+    x[1, 7], x[4, 99], x[6, 3] = float("nan"), float("inf"), float("nan")
     seen = run(x, slots)
-    assert seen[[1, 4]].isnan().all()
-    assert torch.equal(seen[[0, 2, 3, 5]], sound[[0, 2, 3, 5]]) and sound.isfinite().all()
+    assert seen[[1, 4, 6]].isnan().all()
+    assert torch.equal(seen[[0, 2, 3, 5, 7]], sound[[0, 2, 3, 5, 7]]) and sound.isfinite().all()
     zeros = torch.zeros((2, shape.hidden), dtype=torch.bfloat16)
     assert run(zeros, slots[:2]).count_nonzero() == 0
 

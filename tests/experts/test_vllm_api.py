@@ -108,9 +108,25 @@ def test_every_architecture_has_its_experts_quantised(
     assert seen["memory"] <= memory
 
 
+@pytest.mark.parametrize("architecture", MADE)
+def test_experts_of_a_layer_have_the_dtypes_that_they_are_given(runs: Runs, folders: Path, architecture: str) -> None:
+    seen = runs.ask("mixed", checkpoint=str(folders / architecture), letters="48b44844")
+    assert seen["subset_equals_whole"]
+    off = {letter: [d for of, d in seen["distances"] if of == letter] for letter in "48b"}
+    assert len(seen["errors"]) % 8 == 0 < len(seen["errors"])
+    assert len(off["4"]) == 5 and len(off["8"]) == 2
+    assert max(off["b"]) < 0.005 < min(off["8"]) and max(off["8"]) < 0.03 < min(off["4"]) and max(off["4"]) < 0.2
+    assert seen["parts"][0] == 0 and sorted(seen["parts"]) == seen["parts"]
+    assert seen["again"] == [], "the second time nothing is measured"
+    for measured, made in seen["errors"]:
+        assert measured == pytest.approx(made, rel=0.2, abs=1e-9)
+    assert "expert_letters: 8 of 48b for each of" in seen["refusal"]
+
+
 @pytest.mark.slow
-def test_quantised_experts_answer_alike_wherever_they_are(runs: Runs, folders: Path) -> None:
-    seen = runs.ask("hosted", checkpoint=str(folders / "mixtral"), dtype="bfloat16", expert_dtype="int4")
+@pytest.mark.parametrize("dtypes", [{"expert_dtype": "int4"}, {"letters": "48b44844"}], ids=str)
+def test_quantised_experts_answer_alike_wherever_they_are(runs: Runs, folders: Path, dtypes: dict[str, str]) -> None:
+    seen = runs.ask("hosted", checkpoint=str(folders / "mixtral"), dtype="bfloat16", **dtypes)
     assert seen["one_calls"] > 0
     assert seen["one"] == seen["halves"]
 

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,16 +214,19 @@ def test_hosts_share_pages_and_compute_the_same_rows(bench: Bench, checkpoint: P
         assert memory["Pss"] <= memory["Rss"] / 2
 
 
-@pytest.mark.parametrize("expert_dtype", ["int8", "int4"])
+MIXED = {"expert_dtype": "auto:0.5", "expert_letters": {n: "44b84844"[n:] + "844"[:n] for n in range(4)}}
+
+
+@pytest.mark.parametrize("dtypes", [{"expert_dtype": "int8"}, {"expert_dtype": "int4"}, MIXED], ids=str)
 def test_quantised_experts_are_shared_and_compute_the_same_rows_anywhere(
-    bench: Bench, checkpoint: Path, expert_dtype: str
+    bench: Bench, checkpoint: Path, dtypes: dict[str, Any]
 ) -> None:
-    private = bench.pool(checkpoint, 1, 1, share_weights=False, expert_dtype=expert_dtype)
+    private = bench.pool(checkpoint, 1, 1, share_weights=False, **dtypes)
     expected = answers(private)
     private.close()
     spoil(checkpoint)  # what comes now comes from the cache
     for num_hosts, replicas in ((2, 2), (4, 1)):
-        pool = bench.pool(checkpoint, num_hosts, replicas, expert_dtype=expert_dtype)
+        pool = bench.pool(checkpoint, num_hosts, replicas, **dtypes)
         assert torch.equal(answers(pool), expected)
         assert pool.bytes == private.bytes < 0.53 * bench.pool(checkpoint).bytes
         inodes = {segment_inode(child.pid) for child in pool.children.values()}

@@ -18,6 +18,9 @@ import torch
 
 from folkmoot.cluster import replay
 from folkmoot.experts import vllm_api
+from folkmoot.experts.expert_choice import KINDS
+from folkmoot.experts.quantise_cache import ExpertCache
+from folkmoot.experts.vllm_api.checkpoint import identity
 from folkmoot.experts.vllm_api.runtime import register_eagerly
 
 NUM_TOKENS = 32
@@ -94,19 +97,24 @@ def monolithic(checkpoint: str, dtype: str, num_tokens: int = 16, **extra: Any) 
 
 
 def hosted(
-    checkpoint: str, dtype: str, num_tokens: int = 16, expert_dtype: str = "checkpoint", **extra: Any
+    checkpoint: str,
+    dtype: str,
+    num_tokens: int = 16,
+    expert_dtype: str = "checkpoint",
+    letters: str | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
     """The same with experts outside the model: all on one host, then halves (odd and even) on two."""
     shape = vllm_api.describe(Path(checkpoint))
+    dtypes: dict[str, Any] = {"dtype": dtype, "expert_dtype": expert_dtype}
+    dtypes["expert_letters"] = letters and dict.fromkeys(shape.moe_layers, letters)
     dispatcher = InProcessDispatcher([], [])
     vllm_api.install(lambda: dispatcher)
     llm = load(checkpoint, dtype, **extra)
     results: dict[str, Any] = {"engine": engine_parameters(llm)}
     for name, num_hosts in (("one", 1), ("halves", 2)):
         held = [{layer: range(h, shape.num_experts, num_hosts) for layer in shape.moe_layers} for h in range(num_hosts)]
-        dispatcher.hosts = [
-            vllm_api.load_experts(Path(checkpoint), h, dtype=dtype, expert_dtype=expert_dtype) for h in held
-        ]
+        dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), h, **dtypes) for h in held]
         dispatcher.slots = held
         dispatcher.calls = 0
         results[name] = generate(llm, num_tokens)
@@ -295,6 +303,46 @@ def quantised(checkpoint: str, expert_dtype: str) -> dict[str, Any]:
         "wrong_expert": ((whole.layers[first](x, slots).float() - right).norm() / right.norm()).item(),
         "subset_equals_whole": torch.equal(some.layers[first](x, slots), whole.layers[first](x, of_all)),
         "memory": whole.bytes / exact.bytes,
+    }
+
+
+def mixed(checkpoint: str, letters: str) -> dict[str, Any]:
+    """Experts of a layer in different dtypes: each one's distance from the checkpoint's; errors as measured beforehand
+    and as made; which parts of measuring were reported, the first time and the second."""
+    path = Path(checkpoint)
+    shape = vllm_api.describe(path)
+    parts: list[float] = []
+    again: list[float] = []
+    errors, shapes = vllm_api.measure_errors(path, progress=parts.append)
+    assert vllm_api.measure_errors(path, progress=again.append) == (errors, shapes)
+    first, everything = shape.moe_layers[0], {n: range(shape.num_experts) for n in shape.moe_layers}
+    chosen = dict.fromkeys(shape.moe_layers, letters)
+    exact = vllm_api.load_experts(path, everything).layers[first]
+    whole = vllm_api.load_experts(path, everything, expert_letters=chosen).layers[first]
+    some = vllm_api.load_experts(path, {first: [5, 2, 7]}, expert_letters=chosen).layers[first]
+    x = torch.randn(64, shape.hidden_size, generator=torch.Generator().manual_seed(0)).to(exact.dtype)
+    distances = []
+    for expert, letter in enumerate(letters):
+        slots = torch.full((64,), expert, dtype=torch.int32)
+        right = exact(x, slots).float()
+        distances.append((letter, ((whole(x, slots).float() - right).norm() / right.norm()).item()))
+    slots = torch.arange(64, dtype=torch.int32) % 3
+    of_all = torch.tensor([5, 2, 7], dtype=torch.int32)[slots.long()]
+    cache = ExpertCache(path, identity(path), "auto")
+    made = [(n, e, KINDS[letter]) for n in shape.moe_layers for e, letter in enumerate(letters)]
+    found = [(errors[n][kind][e], cache.read(shapes[n], kind, n, e)) for n, e, kind in made]
+    try:
+        vllm_api.load_experts(path, everything, expert_letters={first: letters[1:]})
+        refusal = ""
+    except ValueError as e:
+        refusal = str(e)
+    return {
+        "distances": distances,
+        "subset_equals_whole": torch.equal(some(x, slots), whole(x, of_all)),
+        "errors": [(measured, kept[1]) for measured, kept in found if kept is not None],
+        "parts": parts,
+        "again": again,
+        "refusal": refusal,
     }
 
 

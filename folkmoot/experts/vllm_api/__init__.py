@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.imports import preimport
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
+    from folkmoot.experts.vllm_api.quantised import measure_errors
     from folkmoot.experts.vllm_api.traces import trace_requests
 
 _HOME = {
@@ -43,6 +44,7 @@ _HOME = {
     "use_two_lanes": "lanes",
     "VLLM_VERSION": "private",
     "broken_names": "private",
+    "measure_errors": "quantised",
     "preimport": "imports",
     "trace_requests": "traces",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "engine_arguments",
     "install",
     "load_experts",
+    "measure_errors",
     "preimport",
     "trace_requests",
     "use_two_lanes",

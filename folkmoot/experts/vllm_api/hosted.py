@@ -19,17 +19,19 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from folkmoot.experts.expert_choice import KINDS
 from folkmoot.experts.expert_dtype import CHECKPOINT, ON_CPU, ON_CUDA
 from folkmoot.experts.quantised import QuantisedKernel
 from folkmoot.experts.vllm_api.checkpoint import (
     ExpertTensor,
+    ModelShape,
     count_experts,
     describe,
     expert_tensors,
     identity,
 )
 from folkmoot.experts.vllm_api.loader import Loader, build
-from folkmoot.experts.vllm_api.quantised import Quantiser, load_quantised
+from folkmoot.experts.vllm_api.quantised import KindOf, Quantiser, load_quantised
 from folkmoot.experts.vllm_api.runtime import engine_config, prepare_cpu, register_eagerly, world_of_one
 from folkmoot.experts.weights import Layout, SegmentError, WeightSegment
 
@@ -109,14 +111,16 @@ def load_experts(
     device: str = "cpu",
     memory_fd: int | None = None,
     expert_dtype: str = CHECKPOINT,
+    expert_letters: Mapping[int, str] | None = None,
 ) -> HostedExperts:
     """Load `experts` (logical experts by layer; slot i of a layer is its i-th) of the checkpoint folder.
 
     `dtype` is "auto" (the checkpoint's), "bfloat16", "float16" or "float32". Layers without experts may be left out.
     Only the tensors of these experts are read. `memory_fd` is the memory file of the segment that this node's hosts
     share; where the kernels' layout does not allow it, weights are private, and the log says so. `expert_dtype`: what
-    the experts are quantised to (expert_dtype.py). ValueError for a layer or an expert that the checkpoint does not
-    have, and for experts that cannot be had in that dtype.
+    the experts are quantised to (expert_dtype.py); `expert_letters`: where that is left to a budget, of each layer a
+    letter an expert (expert_choice.py). ValueError for a layer or an expert that the checkpoint does not have, and for
+    experts that cannot be had in that dtype.
     """
     checkpoint = Path(checkpoint)
     tensors = expert_tensors(checkpoint)
@@ -128,8 +132,8 @@ def load_experts(
         prepare_cpu()
     online = ON_CUDA.get(expert_dtype) if device != "cpu" else None
     config = engine_config(checkpoint, dtype=dtype, quantization=online)
-    if expert_dtype in ON_CPU and device == "cpu" and not config.quant_config:
-        return _quantised(Quantiser(checkpoint, config, shape.moe_layers, dtype), wanted, expert_dtype, memory_fd)
+    if (kind_of := _kind_of(expert_dtype, expert_letters, shape)) and device == "cpu" and not config.quant_config:
+        return _quantised(Quantiser(checkpoint, config, shape.moe_layers, dtype), wanted, kind_of, memory_fd)
     with set_current_vllm_config(config), world_of_one(), torch.inference_mode():
         counts = {layer: len(wanted.get(layer, ())) for layer in shape.moe_layers}
         loader = Loader(config, tensors, *build(config, counts, torch.device(device)))
@@ -148,11 +152,21 @@ def load_experts(
     return HostedExperts(kernels, size, size if is_shared else 0)
 
 
+def _kind_of(expert_dtype: str, letters: Mapping[int, str] | None, shape: ModelShape) -> KindOf | None:
+    """Into what experts are made here; None where vLLM's own kernels are to run them."""
+    if letters is None:
+        return (lambda _layer, _expert: expert_dtype) if expert_dtype in ON_CPU else None
+    wrong = any(set(row) - set(KINDS) or len(row) != shape.num_experts for row in letters.values())
+    if wrong or set(letters) != set(shape.moe_layers):
+        raise ValueError(f"expert_letters: {shape.num_experts} of {''.join(KINDS)} for each of {shape.moe_layers}")
+    return lambda layer, expert: KINDS[letters[layer][expert]]
+
+
 def _quantised(
-    quantiser: Quantiser, wanted: Mapping[int, Sequence[int]], kind: str, memory_fd: int | None
+    quantiser: Quantiser, wanted: Mapping[int, Sequence[int]], kind_of: KindOf, memory_fd: int | None
 ) -> HostedExperts:
     with quantiser, torch.inference_mode():
-        kernels = load_quantised(quantiser, wanted, lambda _layer, _expert: kind, memory_fd)
+        kernels = load_quantised(quantiser, wanted, kind_of, memory_fd)
     gc.collect()
     size = sum(k.bytes for k in kernels.values())
     return HostedExperts(kernels, size, 0 if memory_fd is None else size)

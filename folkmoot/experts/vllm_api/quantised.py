@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
+from folkmoot.experts.expert_choice import Errors
 from folkmoot.experts.quantise_cache import FORMAT, ExpertCache
-from folkmoot.experts.quantised import KINDS, ExpertShape, QuantisedKernel, Weights, quantise
-from folkmoot.experts.vllm_api.checkpoint import count_experts, expert_tensors, identity
+from folkmoot.experts.quantised import KINDS, ExpertShape, QuantisedKernel, Weights, quantise, sampled_errors
+from folkmoot.experts.vllm_api.checkpoint import count_experts, describe, expert_tensors, identity
 from folkmoot.experts.vllm_api.loader import Loader, build
-from folkmoot.experts.vllm_api.runtime import world_of_one
+from folkmoot.experts.vllm_api.runtime import engine_config, register_eagerly, world_of_one
 from folkmoot.experts.weights import Layout, WeightSegment
 
 log = logging.getLogger(__name__)
 
-Choice = Callable[[int, int], str]
-"""choice(layer, expert): its dtype, of quantised.KINDS."""
+KindOf = Callable[[int, int], str]
+"""kind_of(layer, expert): its dtype, of quantised.KINDS."""
+
+SAMPLED_CHANNELS = 64
+"""Output channels of a matrix, at least, on which errors are measured."""
+AT_ONCE = 8
+"""Experts that are read together for that."""
 
 
 class Quantiser:
@@ -76,6 +82,31 @@ class Quantiser:
             module.hold(0)
         return {e: found for e, found in cached.items() if found is not None}
 
+    def errors(self, progress: Callable[[float], None]) -> Errors:
+        """What each dtype costs each expert: from the cache, or measured now on some of its channels, and kept there.
+
+        `progress` hears which part of them is done."""
+        if (known := self._cache.errors()) is not None:
+            return known
+        found: dict[int, dict[str, list[float]]] = {n: {kind: [] for kind in KINDS} for n in self._moe_layers}
+        chunks = [(n, e) for n in self._moe_layers for e in range(0, self.num_experts, AT_ONCE)]
+        for done, (layer, first) in enumerate(chunks):
+            progress(done / len(chunks))
+            for errors in self._sampled(layer, range(first, min(first + AT_ONCE, self.num_experts))):
+                for kind, error in errors.items():
+                    found[layer][kind].append(error)
+        errors_of = {n: {kind: tuple(errors) for kind, errors in by_kind.items()} for n, by_kind in found.items()}
+        self._cache.keep_errors(errors_of)
+        return errors_of
+
+    def _sampled(self, layer: int, experts: Sequence[int]) -> list[dict[str, float]]:
+        self._loader.read(layer, experts)
+        module, shape = self._loader.modules[layer], self.shapes[layer]
+        every = max(1, min(shape.hidden, shape.intermediate) // SAMPLED_CHANNELS)
+        found = [sampled_errors(shape, _weights(module, shape, slot), every) for slot in range(len(experts))]
+        module.hold(0)
+        return found
+
     def kernel(self, layer: int, kinds: Sequence[str], blobs: Sequence[torch.Tensor]) -> QuantisedKernel:
         """A layer's kernel, whose slots are these."""
         return QuantisedKernel(self.shapes[layer], kinds, blobs, self._dtype)
@@ -96,26 +127,39 @@ class Quantiser:
 
 
 def load_quantised(
-    quantiser: Quantiser, wanted: Mapping[int, Sequence[int]], choice: Choice, memory_fd: int | None
+    quantiser: Quantiser, wanted: Mapping[int, Sequence[int]], kind_of: KindOf, memory_fd: int | None
 ) -> dict[int, QuantisedKernel]:
     """A kernel a layer; slot i is the i-th of its experts. Weights are private without `memory_fd`."""
-    kinds = {layer: [choice(layer, e) for e in experts] for layer, experts in wanted.items()}
+    kinds = {layer: [kind_of(layer, e) for e in experts] for layer, experts in wanted.items()}
     if memory_fd is None:
         blobs = {}
         for layer, experts in wanted.items():
             made = quantiser.experts(layer, dict(zip(experts, kinds[layer], strict=True)))
             blobs[layer] = [made[e][0] for e in experts]
     else:
-        with closing(WeightSegment(memory_fd, _layout(quantiser, choice))) as segment:
+        with closing(WeightSegment(memory_fd, _layout(quantiser, kind_of))) as segment:
             blobs = _from_segment(quantiser, segment, wanted, kinds)
     return {layer: quantiser.kernel(layer, kinds[layer], blobs[layer]) for layer in sorted(wanted)}
 
 
-def _layout(quantiser: Quantiser, choice: Choice) -> Layout:
+def measure_errors(
+    checkpoint: Path, *, dtype: str = "auto", progress: Callable[[float], None] = lambda part: None
+) -> tuple[Errors, dict[int, ExpertShape]]:
+    """What each dtype would cost each expert of the checkpoint folder, and what experts of each layer are like.
+
+    ValueError where experts are of a kind that cannot be quantised here."""
+    shape = describe(checkpoint)
+    register_eagerly(shape.architecture)
+    config = engine_config(checkpoint, dtype=dtype)
+    with Quantiser(checkpoint, config, shape.moe_layers, dtype) as quantiser, torch.inference_mode():
+        return quantiser.errors(progress), quantiser.shapes
+
+
+def _layout(quantiser: Quantiser, kind_of: KindOf) -> Layout:
     """An array for each layer and dtype that occurs in it; an expert takes up room only where it is."""
     experts, layers, chosen = range(quantiser.num_experts), {}, []
     for layer, shape in quantiser.shapes.items():
-        kinds = [choice(layer, e) for e in experts]
+        kinds = [kind_of(layer, e) for e in experts]
         chosen += kinds
         for kind in sorted(set(kinds)):
             layers[_place(layer, kind)] = {kind: ("uint8", (shape.bytes(kind),))}
