@@ -1,8 +1,8 @@
 """The engine as a Ray Serve deployment: a light replica that owns one engine process. No token passes through it.
 
 It forks the process from the node's warm parent, relays expert maps from the router to it, and its events back. When
-the replica dies, the process sees end-of-file and exits; when the process dies, the health check fails and Serve
-replaces the replica.
+the replica dies, the process sees end-of-file and exits; when the process dies, the replica exits at its next health
+check and Serve replaces it.
 """
 
 import asyncio
@@ -70,14 +70,18 @@ class Engine:
         )
         self._tell_router()
         watched = (self._child, asyncio.get_running_loop())
-        threading.Thread(target=self._watch, args=watched, name="engine-watch", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=watched, name="engine-watch", daemon=True)
+        self._watcher.start()
         self._relay = asyncio.create_task(self._relay_maps()) if spec.moe_layers else None
         await self._ready
 
     async def check_health(self) -> None:
-        """Raises once the process is gone, so that Serve replaces this replica."""
+        """Ends this replica once the process is gone, so that Serve replaces it at once: of one that only says that it
+        is unwell, Serve wants to hear that three times, a period apart."""
         if not self._child.is_alive():
-            raise EngineError(f"{self._engine} is gone (log: {self._log})")
+            await asyncio.to_thread(self._watcher.join)  # what the process held is given back first
+            log.warning("%s is gone, and its replica goes too (log: %s)", self._engine, self._log)
+            os._exit(1)
 
     def info(self) -> dict[str, Any]:
         """Name, phase and pid."""
