@@ -206,23 +206,24 @@ def subjects(quick: bool, folder: Path) -> list[Subject]:
     if quick:
         small = tiny("mixtral", folder / "tiny")
         return [Subject("tiny", small, random_prompts, (4,), 8, 1, ("prefix caching",), {})]
-    demo = demo_model.ensure()
+    demo, large = demo_model.ensure(), measure_sized(folder / "measure-1.5GiB")
+    vllm = {"defaults": VLLM_DEFAULTS, "plain": PLAIN}
     return [
-        Subject("demo", demo, text_prompts(demo), (1, 8, 32), 32, 3, tuple(SPEED_UPS)),
-        Subject(
-            "large", measure_sized(folder / "measure-1.5GiB"), random_prompts, (1, 8, 32, 64), 32, 3, ("compiled",)
-        ),
+        Subject("demo", demo, text_prompts(demo), (1, 8, 32), 32, 3, tuple(SPEED_UPS), vllm),
+        Subject("large", large, random_prompts, (1, 8, 32, 64), 32, 3, ("compiled",), vllm),
     ]
 
 
 def main() -> None:
     """Measure and report."""
-    args = report.parser(__doc__).parse_args()
+    parser = report.parser(__doc__)
+    parser.add_argument("--only", choices=("demo", "large"), help="one of the two models")
+    args = parser.parse_args()
     rows: list[list[object]] = []
     figures: dict[str, object] = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
-        for subject in subjects(args.quick, Path(name)):
+        for subject in (s for s in subjects(args.quick, Path(name)) if args.only in (None, s.name)):
             with Bench() as bench:
                 more, found = measure(bench, subject)
             rows, ratios = rows + more, ratios | found

@@ -5,12 +5,15 @@ It answers over its control channel as the engines of `benchmarks.engines` do.
 
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import Bench, Engine
 from folkmoot.experts.warm import Control
 
+CACHE_PAGES = 128
+"""of 256 tokens each: one for every prompt and its answer, and as many again"""
 STATIC, CONTINUOUS = "static", "continuous"
 FORMS = ((STATIC, "eager"), (STATIC, "grouped_mm"), (CONTINUOUS, "grouped_mm"))
 """With transformers' own implementations of a layer of experts. (A third, batched_mm, copies each row's experts: it
@@ -33,7 +36,10 @@ def main(spec: dict[str, Any], control: Control) -> None:
     model = AutoModelForCausalLM.from_pretrained(spec["checkpoint"], dtype=torch.bfloat16).eval()
     control.send({"load_s": time.monotonic() - began})
     while (request := control.receive()) is not None:
-        control.send(_generate(model, **request))
+        try:
+            control.send(_generate(model, **request))
+        except Exception:
+            control.send({"event": "error", "message": traceback.format_exc()})
 
 
 def generate(peer: Engine, prompts: list[list[int]], max_tokens: int, form: str, experts: str) -> dict[str, Any]:
@@ -44,12 +50,14 @@ def generate(peer: Engine, prompts: list[list[int]], max_tokens: int, form: str,
 
 def _generate(model: Any, prompts: list[list[int]], max_tokens: int, form: str, experts: str) -> dict[str, Any]:
     import torch
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model.set_experts_implementation(experts)
     config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     if form == CONTINUOUS:
-        found = model.generate_batch(prompts, generation_config=config, warmup=False)
+        # Left to itself its cache takes nearly all memory that is free.
+        paged = ContinuousBatchingConfig(num_blocks=CACHE_PAGES, max_batch_tokens=8192)
+        found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=paged, warmup=False)
         answers = [found[name] for name in sorted(found, key=_number)]
         # By its own clock, which leaves out that it sets itself up anew for each call.
         spans = [answer.lifespan for answer in answers]

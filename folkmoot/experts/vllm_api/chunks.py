@@ -23,8 +23,9 @@ class Spare(torch.Generator):
         """Nothing is kept."""
         return 0
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         """Nothing is set back."""
+        return self
 
 
 def allow_chunks() -> None:
