@@ -24,8 +24,9 @@ from benchmarks import balance_live, report
 from benchmarks.balance_bound import lp_bound
 from benchmarks.balance_eplb import eplb_global, eplb_hierarchical, time_of_busiest
 from benchmarks.balance_traces import DRIFTING, TRACES
-from folkmoot.cluster.balance import HeldLayer, balance
+from folkmoot.cluster.balance import balance
 from folkmoot.cluster.balance_layer import Hosts
+from folkmoot.cluster.balance_task import HeldLayer
 
 PER_NODE = 8
 STEPS, QUICK_STEPS = 6, 3

@@ -18,7 +18,7 @@ def relieve(layer: Layer, target: float) -> set[int]:
     and all to which they could shift rows."""
     level: dict[int, int] = {}
     for number in range(PHASES):
-        for e in {e for h in _over(layer, target) for e in layer.on[h]} if number < WITH_SPLIT else ():
+        for e in {e for h in _over(layer, target) for e in layer.shared[h]} if number < WITH_SPLIT else ():
             layer.split(e)
         over = _over(layer, target)
         level = _levels(layer, over, target)
@@ -39,8 +39,8 @@ def _levels(layer: Layer, over: list[int], target: float) -> dict[int, int]:
         h = queue.popleft()
         if layer.time[h] < target:
             continue
-        for e, rows in layer.on[h].items():
-            if e in seen or rows <= EXACT * target * layer.hosts.speed[h]:
+        for e in layer.shared[h]:
+            if e in seen or layer.on[h][e] <= EXACT * target * layer.hosts.speed[h]:
                 continue
             seen.add(e)
             for g in layer.where[e]:
@@ -65,7 +65,9 @@ class _Phase:
         if room > 0.0 and not is_source:
             return min(rows, room)
         sent, least = 0.0, EXACT * self._target * layer.hosts.speed[h]
-        for e in list(layer.on[h]):
+        for e in layer.shared[h]:
+            if sent >= rows - least:
+                break
             ways = self._ways(e, self._level[h])
             while ways and (part := min(rows - sent, layer.on[h][e])) > least:
                 got = self.send(ways[-1], part)

@@ -27,6 +27,10 @@ class Hosts:
         if not all(speed > 0 for speed in self.speed):
             raise ValueError("speed: must be above 0 for each host")
 
+    def room(self, experts: int) -> int:
+        """How many replicas of so many experts fit."""
+        return sum(min(slots, experts) for slots in self.slots)
+
     @staticmethod
     def alike(hosts: int, slots: int, per_node: int = 1) -> "Hosts":
         """So many equal hosts, `per_node` of them on each node."""
@@ -34,7 +38,8 @@ class Hosts:
 
 
 class Layer:
-    """`rows[e]` of expert e; `on[h][e]` of them go to its replica on host h; `where[e]` are the hosts that hold it."""
+    """`rows[e]` of expert e; `on[h][e]` of them go to its replica on host h; `where[e]` are the hosts that hold it;
+    `shared[h]` are the experts on host h that other hosts hold as well."""
 
     def __init__(
         self, rows: Sequence[float], hosts: Hosts, on: Sequence[Mapping[int, float]], pinned: Sequence[Set[int]]
@@ -45,6 +50,7 @@ class Layer:
         for h, experts in enumerate(self.on):
             for e in experts:
                 self.where[e].add(h)
+        self.shared = [{e for e in experts if len(self.where[e]) > 1} for experts in self.on]
         self.time = [sum(experts.values()) / speed for experts, speed in zip(self.on, hosts.speed, strict=True)]
 
     def held(self) -> list[list[int]]:
@@ -60,12 +66,18 @@ class Layer:
         """A new replica, without rows yet."""
         self.on[h][e] = 0.0
         self.where[e].add(h)
+        if len(self.where[e]) > 1:
+            for g in self.where[e]:
+                self.shared[g].add(e)
 
     def drop(self, e: int, h: int) -> None:
         """A replica goes, and its rows to the others of this expert, which there must be."""
         rows = self.on[h].pop(e)
         self.time[h] -= rows / self.hosts.speed[h]
         self.where[e].remove(h)
+        self.shared[h].discard(e)
+        if len(self.where[e]) == 1:
+            self.shared[next(iter(self.where[e]))].remove(e)
         if rows:
             self.give(e, next(iter(self.where[e])), rows)
             self.split(e)

@@ -28,14 +28,14 @@ def matched(layer: Layer, held: Sequence[Sequence[int]]) -> Layer:
 
 
 def _kept(layer: Layer, held: Sequence[Sequence[int]]) -> np.ndarray:
-    """int [hosts, hosts]: replicas that need not be loaded where host i's experts go to place j."""
-    new, old = (np.zeros((len(held), len(layer.rows)), np.float32) for _ in range(2))
-    for h, experts in enumerate(layer.on):
-        new[h, list(experts)] = 1
-    for h, present in enumerate(held):
-        old[h, list(present)] = 1
-    kept: np.ndarray = new @ old.T
-    return kept
+    """float64 [hosts, hosts]: replicas that need not be loaded where host i's experts go to place j. Counted one by
+    one, since a product of matrices wakes threads up, which takes longer."""
+    kept = [[0.0] * len(held) for _ in held]
+    for place, present in enumerate(held):
+        for e in set(present):
+            for h in layer.where[e]:
+                kept[h][place] += 1.0
+    return np.array(kept)
 
 
 def _groups(hosts: Hosts, kept: np.ndarray) -> list[tuple[list[int], list[int]]]:
@@ -48,8 +48,8 @@ def _groups(hosts: Hosts, kept: np.ndarray) -> list[tuple[list[int], list[int]]]
         everywhere = list(range(len(hosts.slots)))
         return _alike(hosts, everywhere, everywhere)
     members = list(nodes.values())
-    belongs = np.array([[h in node for h in range(len(hosts.slots))] for node in map(set, members)], np.float32)
-    gain = belongs @ kept @ belongs.T
+    order, begins = [h for node in members for h in node], np.cumsum([0, *map(len, members[:-1])])
+    gain = np.add.reduceat(np.add.reduceat(kept[np.ix_(order, order)], begins, 0), begins, 1)
     return [group for a, b in _assign(gain) for group in _alike(hosts, members[a], members[b])]
 
 

@@ -3,21 +3,22 @@
 Rows that can be shifted over replicas that there are cost nothing. Where that does not suffice, the hosts with too much
 and all to which they can shift rows are saturated; so one of their experts gets a replica on a host outside, in a free
 slot or in that of a replica that is hardly needed (one expert's bytes), or two hosts exchange an expert (two experts').
+One exchange helps all hosts that share an expert, so it is chosen for what they have too much together.
 """
 
-import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 
 from folkmoot.cluster.balance_flow import relieve
 from folkmoot.cluster.balance_layer import EXACT, Layer
 
-RECEIVERS = 6
-"""So many of the least busy hosts are looked at in one step."""
-PATIENCE = 5
+PATIENCE = 2
 """So many rounds may bring nothing."""
-MEANT = 0.3
-"""What a change of links must bring at least, as part of the room that there is."""
+LEAST_PROGRESS = 0.1
+"""A round must make what hosts have too much smaller by this part, or it has brought nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,14 @@ class Exchange:
 
 def repair(layer: Layer, target: float, most_moves: int) -> bool:
     """Move until no host's time is above `target` (True), no move helps (a few of them), or `most_moves` are made."""
-    moves, best, stale = 0, layer.busiest, 0
+    moves, best, stale = 0, float("inf"), 0
     while saturated := relieve(layer, target):
-        stale = 0 if layer.busiest < best * (1 - EXACT) else stale + 1
-        best = min(best, layer.busiest)
+        excess = sum(time - target for time in layer.time if time > target)
+        stale = 0 if excess < best * (1 - LEAST_PROGRESS) else stale + 1
+        best = min(best, excess)
         if stale > PATIENCE:
             return False
-        made = (
-            _copy_all(layer, saturated, target)
-            or _relink_all(layer, saturated, target)
-            or _exchange(layer, saturated, target)
-        )
+        made = _copy_all(layer, saturated, target) or _exchange(layer, saturated, target)
         moves += made
         if not made or moves > most_moves:
             return False
@@ -124,58 +122,70 @@ def _can_go(layer: Layer, e: int, g: int, target: float) -> bool:
     return rows <= sum(max(0.0, target - layer.time[k]) * speed[k] for k in layer.where[e] if k != g)
 
 
-def _relink_all(layer: Layer, saturated: AbstractSet[int], target: float) -> int:
-    """Hosts outside that share an expert with a saturated one share another one with it instead, of which they can take
-    more rows; moves made."""
-    moves = 0
-    outside = sorted((time, g) for g, time in enumerate(layer.time) if g not in saturated and time < target)
-    for time, g in outside:
-        room = (target - time) * layer.hosts.speed[g]
-        found = _best_relink(layer, g, saturated, room)
-        if found is not None and found.gain > MEANT * room:
-            layer.drop(found.back, g)
-            _help(layer, found.out, found.host, g, target)
-            moves += 1
+def _exchange(layer: Layer, saturated: AbstractSet[int], target: float) -> int:
+    """Each host that has too much, or another that shares an expert with it, exchanges an expert with a host outside,
+    each of which takes part once; moves made."""
+    speed, moves = layer.hosts.speed, 0
+    outside = {g for g, time in enumerate(layer.time) if g not in saturated and time < target}
+    offered = sorted((rows, f, g) for g in outside for f, rows in layer.on[g].items() if f not in layer.pinned[g])
+    over = {h for h in saturated if layer.time[h] > target * (1 + EXACT)}
+    for h in sorted(over, key=lambda h: -layer.time[h]):
+        if h not in over:
+            continue
+        group = saturated & {h, *(k for e in layer.on[h] for k in layer.where[e])}
+        excess = sum(max(0.0, layer.time[k] - target) * speed[k] for k in group)
+        over -= group
+        found = _best_exchange(layer, group, excess, target, offered, outside)
+        if found is not None and found.gain > EXACT * target * speed[h]:
+            _carry_out(layer, found)
+            outside.remove(found.other)
+            moves += 2
     return moves
 
 
-def _best_relink(layer: Layer, g: int, saturated: AbstractSet[int], room: float) -> Exchange | None:
-    found: Exchange | None = None
-    for back, back_rows in layer.on[g].items():
-        if back in layer.pinned[g]:
-            continue
-        for h in [k for k in layer.where[back] if k in saturated][:RECEIVERS]:
-            for out, rows in layer.on[h].items():
-                gain = min(rows - back_rows, room)
-                if out not in layer.on[g] and (found is None or gain > found.gain):
-                    found = Exchange(gain, h, out, g, back)
-    return found
+def _best_exchange(
+    layer: Layer,
+    group: AbstractSet[int],
+    excess: float,
+    target: float,
+    offered: list[tuple[float, int, int]],
+    outside: AbstractSet[int],
+) -> Exchange | None:
+    """The one that takes just as many rows from one of the group as they have too many, or more; else the one that
+    takes the most."""
+    room = {g: (target - layer.time[g]) * layer.hosts.speed[g] for g in outside}
+    most, best, rank = max(room.values(), default=0.0), None, (False, 0.0)
+    for h in group:
+        on = layer.on[h]
+        for out, rows in on.items():
+            if out in layer.pinned[h]:
+                continue
+            first, at, end = (bisect_left(offered, (rows - x,)) for x in (most, min(excess, most), 0.0))
+            for i in chain(range(at - 1, first - 1, -1), range(at, end)):
+                back_rows, back, g = offered[i]
+                gain = rows - back_rows
+                if gain <= room.get(g, -1.0) and back not in on and out not in layer.on[g]:
+                    here = (True, -gain) if gain >= excess else (False, gain)
+                    if here > rank:
+                        best, rank = Exchange(gain, h, out, g, back), here
+                    break
+    return best
 
 
-def _exchange(layer: Layer, saturated: AbstractSet[int], target: float) -> int:
-    """A saturated host and one of the least busy ones exchange an expert; moves made."""
-    busiest = heapq.nlargest(RECEIVERS, saturated, key=layer.time.__getitem__)
-    least = heapq.nsmallest(RECEIVERS, range(len(layer.time)), key=layer.time.__getitem__)
-    for g in (g for g in least if g not in saturated):
-        room = (target - layer.time[g]) * layer.hosts.speed[g]
-        options = [one for h in busiest if (one := _best_exchange(layer, h, g, room)) is not None]
-        best = max(options, key=lambda one: one.gain, default=None)
-        if best is not None and best.gain > EXACT * target * layer.hosts.speed[g]:
-            _carry_out(layer, best)
-            return 2
-    return 0
-
-
-def _best_exchange(layer: Layer, h: int, g: int, room: float) -> Exchange | None:
-    """The one that brings g as many rows more as it has room for, and no more."""
-    found: Exchange | None = None
-    here = [(rows, e) for e, rows in layer.on[h].items() if e not in layer.on[g] and e not in layer.pinned[h]]
-    there = [(rows, e) for e, rows in layer.on[g].items() if e not in layer.on[h] and e not in layer.pinned[g]]
-    for rows, out in here:
-        for back_rows, back in there:
-            if 0 < (gain := rows - back_rows) <= room and (found is None or gain > found.gain):
-                found = Exchange(gain, h, out, g, back)
-    return found
+def adjust(layer: Layer, wanted: Sequence[int]) -> None:
+    """Give experts that have fewer replicas than wanted the places of those that have more, largest pieces first."""
+    lacking = [e for e, n in enumerate(wanted) for _ in range(n - len(layer.where[e]))]
+    surplus = [e for e, n in enumerate(wanted) for _ in range(len(layer.where[e]) - n)]
+    for e in sorted(lacking, key=lambda e: -layer.rows[e] / wanted[e]):
+        for given in sorted(set(surplus), key=lambda e: -layer.rows[e] / wanted[e]):
+            places = [g for g in layer.where[given] if e not in layer.on[g] and given not in layer.pinned[g]]
+            if places:
+                g = min(places, key=lambda g: layer.time[g] - layer.on[g][given] / layer.hosts.speed[g])
+                layer.drop(given, g)
+                layer.add(e, g)
+                layer.split(e)
+                surplus.remove(given)
+                break
 
 
 def _carry_out(layer: Layer, one: Exchange) -> None:

@@ -22,7 +22,7 @@ LEAST_PIECE = 1e-3
 def fill(rows: Sequence[float], hosts: Hosts, target: float) -> list[dict[int, float]] | None:
     """Each host's experts and how many rows of them it gets, its time near `target`; None where they do not fit so."""
     items = sorted((r, e) for e, r in enumerate(rows))
-    spare = sum(min(slots, len(rows)) for slots in hosts.slots) - len(items)
+    spare = hosts.room(len(rows)) - len(items)
     placed: list[dict[int, float]] = [{} for _ in hosts.slots]
     for h in _order(hosts):
         if not items or not hosts.slots[h]:
