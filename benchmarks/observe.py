@@ -1,9 +1,9 @@
 """What it costs to be observed: throughput with metrics on, and scraped every second, over off; and with traces too.
 
-Side by side in one run, in turns: three gateways on one store with an engine that answers at once (answers of one
-piece, and of 32, each a message), and three small clusters (vLLM, four expert hosts each). Traces are sampled all, and
-go to a collector that drops them, on the same cores. Each figure is the median of the rounds' ratios. `--quick` leaves
-the clusters out.
+Side by side in one run, in turns: four gateways on one store with an engine that answers at once (answers of one
+piece, and of 32, each a message), and three small clusters (vLLM, four expert hosts each). Traces are sampled as by
+default; those of the fourth gateway, all. They go to a collector that drops them, on the same cores. Each figure is the
+median of the rounds' ratios. `--quick` leaves the clusters out.
 
     python -m benchmarks.observe --json observe.json
     python -m benchmarks.observe --picture panels.png        # what the dashboard shows of a small cluster under load
@@ -41,9 +41,16 @@ SCRAPE_EVERY_S = 1.0
 PIECES = (1, 32)
 CLIENTS, TOKENS = 8, 32
 CLUSTER = ("--hosts", "4", "--replicas", "2", "--max-model-len", "512")
-ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
-OBSERVED = {"off": False, "metrics": True, "both": True}
-"""The subjects, and whether they have metrics; "both" has traces too."""
+TRACES: dict[str, dict[str, str]] = {"both": {}, "all": {"OTEL_TRACES_SAMPLER_ARG": "1"}}
+"""The subjects that have traces, and what they are told about them."""
+CLUSTERS = ("off", "metrics", "both")
+GATEWAYS = (*CLUSTERS, "all")
+"""The subjects; all but the first have metrics."""
+KEYS = {
+    "metrics_on_over_off": "metrics",
+    "metrics_and_traces_on_over_off": "both",
+    "metrics_and_all_traces_on_over_off": "all",
+}
 
 Round = Callable[[], Awaitable[float]]
 Speeds = dict[str, list[float]]
@@ -128,17 +135,17 @@ def collector(port: int, received: Any, ready: Event) -> None:
 
 
 @contextmanager
-def traced(endpoint: str | None) -> Iterator[None]:
-    """What is started within sends its spans there; None: nowhere."""
-    before = os.environ.pop(ENDPOINT, None)
-    if endpoint is not None:
-        os.environ[ENDPOINT] = endpoint
+def told(subject: str, endpoint: str) -> Iterator[None]:
+    """What is started within has heard of OpenTelemetry only what this subject ought to."""
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OTEL_")}
+    if subject in TRACES:
+        os.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **TRACES[subject]}
     try:
         yield
     finally:
-        os.environ.pop(ENDPOINT, None)
-        if before is not None:
-            os.environ[ENDPOINT] = before
+        for name in [name for name in os.environ if name.startswith("OTEL_")]:
+            del os.environ[name]
+        os.environ |= before
 
 
 # ------------------------------------------------------------------------------------------------ gateways alone
@@ -162,18 +169,18 @@ async def of_gateways(gateways: Mapping[str, Gateway], times: int, seconds: floa
 
 
 @contextmanager
-def three_gateways(endpoint: str) -> Iterator[dict[str, Gateway]]:
+def four_gateways(endpoint: str) -> Iterator[dict[str, Gateway]]:
     """On one store, with one engine behind."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
         store = stack.enter_context(EmbeddedStore(folder / "store"))
         stack.enter_context(process(engine, store.url))
         gateways: dict[str, Gateway] = {}
-        for name, observed in OBSERVED.items():
-            metrics = f"127.0.0.1:{free_port()}" if observed else OFF
-            with traced(endpoint if name == "both" else None):
+        for name in GATEWAYS:
+            metrics = OFF if name == "off" else f"127.0.0.1:{free_port()}"
+            with told(name, endpoint):
                 address = stack.enter_context(gateway_process(store.url, "--metrics", metrics))
-            gateways[name] = address, f"http://{metrics}{PATH}" if observed else None
+            gateways[name] = address, None if metrics == OFF else f"http://{metrics}{PATH}"
         yield gateways
 
 
@@ -211,9 +218,9 @@ def three_clusters(endpoint: str) -> Iterator[dict[str, Cluster]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
         model = tiny("mixtral", folder / "model")
         clusters = {}
-        for name, observed in OBSERVED.items():
-            options = (*CLUSTER, "--metrics", "127.0.0.1:0" if observed else OFF)
-            with traced(endpoint if name == "both" else None):
+        for name in CLUSTERS:
+            options = (*CLUSTER, "--metrics", OFF if name == "off" else "127.0.0.1:0")
+            with told(name, endpoint):
                 clusters[name] = stack.enter_context(Cluster(model, options, name=name))
         yield clusters
 
@@ -262,7 +269,7 @@ def main() -> None:
     port, spans = free_port(), multiprocessing.get_context("spawn").Value("q", 0)
     with process(collector, port, spans):
         endpoint = f"http://127.0.0.1:{port}"
-        with three_gateways(endpoint) as gateways:
+        with four_gateways(endpoint) as gateways:
             found = asyncio.run(of_gateways(gateways, times, seconds))
         if not options.quick:
             with three_clusters(endpoint) as clusters:
@@ -275,19 +282,15 @@ def main() -> None:
 def report(found: Mapping[str, Speeds], spans: int, path: Path | None) -> None:
     """The table and the flat figures."""
     rows = [
-        (
-            name,
-            *(statistics.median(speeds[which]) for which in OBSERVED),
-            ratio(speeds, "metrics"),
-            ratio(speeds, "both"),
-        )
+        (name, *(statistics.median(speeds[which]) if which in speeds else "" for which in GATEWAYS),
+         *(ratio(speeds, which) if which in speeds else "" for which in GATEWAYS[1:]))
         for name, speeds in found.items()
-    ]
-    header = ("a second", "off", "metrics", "metrics and traces", "metrics / off", "both / off")
+    ]  # fmt: skip
+    header = ("a second", "off", "metrics", "traces too", "all traces", "metrics / off", "traces / off", "all / off")
     print(table("Throughput, observed", header, rows))
     figures: dict[str, object] = {"spans": spans}
-    for key, which in (("metrics_on_over_off", "metrics"), ("metrics_and_traces_on_over_off", "both")):
-        ratios = {name: ratio(speeds, which) for name, speeds in found.items()}
+    for key, which in KEYS.items():
+        ratios = {name: ratio(speeds, which) for name, speeds in found.items() if which in speeds}
         figures |= {key: min(ratios.values()), **{f"{key}_{name}": value for name, value in ratios.items()}}
     finish(figures, path)
 

@@ -2,11 +2,16 @@
 
 All settings are OpenTelemetry's own environment variables: OTEL_EXPORTER_OTLP_*, OTEL_SERVICE_NAME,
 OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER, OTEL_BSP_*.
+
+The sampler is parentbased_traceidratio unless another one is asked for. With it, whether a trace is sampled is decided
+here, before there is a span: one that is not costs next to nothing.
 """
 
 import os
+import random
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
 from opentelemetry import trace
@@ -14,11 +19,15 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from folkmoot.gateway.tracing import Attributes, Kind, Span, TraceContext
 
 KINDS = {"server": SpanKind.SERVER, "consumer": SpanKind.CONSUMER, "producer": SpanKind.PRODUCER}
+SAMPLER, RATIO = "parentbased_traceidratio", 0.05
+"""Where the environment does not say: the traces that we begin are sampled at this ratio, and those of clients as they
+say."""
 FLUSH_S = 3.0
 """How long the end of a process waits for a collector that does not answer."""
 
@@ -31,7 +40,9 @@ class Recorder:
         if instance:
             own["service.instance.id"] = instance
         resource = Resource.create({**own, **OTELResourceDetector().detect().attributes})
-        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._ratio = _ratio()
+        sampler = DEFAULT_ON if self._ratio is not None else None
+        self.provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         self.provider.add_span_processor(BatchSpanProcessor(_exporter()))
         self._tracer = self.provider.get_tracer("folkmoot", version("folkmoot"))
 
@@ -39,6 +50,8 @@ class Recorder:
         self, name: str, kind: Kind, parent: TraceContext | None, attributes: Attributes, links: Sequence[TraceContext]
     ) -> Span:
         """Begin one."""
+        if self._ratio is not None and not (parent.flags & 1 if parent is not None else random.random() < self._ratio):
+            return Span(parent or _unsampled())
         made = self._tracer.start_span(
             name,
             _context(parent),
@@ -87,6 +100,22 @@ class MadeSpan(Span):
     def end(self) -> None:
         if self._span.is_recording():
             self._span.end()
+
+
+def _ratio() -> float | None:
+    """Of the sampler that is decided here; None: another one is asked for, which is OpenTelemetry's own."""
+    if (os.environ.get("OTEL_TRACES_SAMPLER") or SAMPLER).strip().lower() != SAMPLER:
+        return None
+    text = os.environ.get("OTEL_TRACES_SAMPLER_ARG") or str(RATIO)
+    with suppress(ValueError):
+        if 0.0 <= (ratio := float(text)) <= 1.0:
+            return ratio
+    raise ValueError(f"OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1, is {text!r}")
+
+
+def _unsampled() -> TraceContext:
+    """Of a new trace, so that everybody below knows that it is not sampled, and log lines have its id."""
+    return TraceContext(f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-02")
 
 
 def _exporter() -> SpanExporter:

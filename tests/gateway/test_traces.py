@@ -174,7 +174,11 @@ async def test_lines_of_a_batch_are_traces_of_their_own(
     assert {one.attributes["folkmoot.batch.id"] for one in lines} == {batch.id}
 
 
+@pytest.mark.parametrize(
+    "sampler", [{"OTEL_TRACES_SAMPLER": "parentbased_always_off"}, {"OTEL_TRACES_SAMPLER_ARG": "0"}]
+)
 async def test_the_sampler_of_the_environment_decides(
+    sampler: dict[str, str],
     receiving: Collector,
     store_server: EmbeddedStore,
     queue: RequestQueue,
@@ -183,21 +187,40 @@ async def test_the_sampler_of_the_environment_decides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing of a trace that is not sampled is sent, also not by engines, which hear of it."""
-    receiving.spans = []
-    for name, value in {**receiving.environment, "OTEL_TRACES_SAMPLER": "parentbased_always_off"}.items():
+    receiving.spans, (unsampled, sampled) = [], (f"{kind}-{next(iter(sampler))}" for kind in ("unsampled", "sampled"))
+    for name, value in {**receiving.environment, **sampler}.items():
         monkeypatch.setenv(name, value)
     assert tracing.start("folkmoot")
     address = await start_gateway(stack, store_server.url, namespace, queue=QUICK, shutdown_s=0.0)
     async with EchoEngine(queue) as engine, AsyncClient(address) as client:
-        await client.generate_text("x", request_id="unsampled")
+        await client.generate_text("x", request_id=unsampled)
         (lease,) = engine.leases
         assert lease.trace is not None and lease.trace.flags & 1 == 0
         provider = TracerProvider(ALWAYS_ON)
         with trace.use_span(provider.get_tracer("caller").start_span("x")):
-            await client.generate_text("x", request_id="sampled")
+            await client.generate_text("x", request_id=sampled)
         (call,), (lease_span,) = await seen(receiving, GENERATE), await seen(receiving, "lease")
     tracing.stop()
-    assert call.attributes["folkmoot.request_id"] == lease_span.attributes["folkmoot.request_id"] == "sampled"
+    assert call.attributes["folkmoot.request_id"] == lease_span.attributes["folkmoot.request_id"] == sampled
+
+
+@pytest.mark.parametrize(("argument", "ratio"), [("", 0.05), ("0.5", 0.5), ("1", 1.0)])
+def test_of_the_traces_that_begin_here_some_are_sampled_and_of_clients_all(
+    argument: str, ratio: float, receiving: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**receiving.environment, "OTEL_TRACES_SAMPLER_ARG": argument}.items():
+        monkeypatch.setenv(name, value)
+    assert tracing.start("folkmoot")
+    try:
+        begun = [tracing.span("x", "server", None) for _ in range(4000)]
+        assert sum(span.is_made for span in begun) / len(begun) == pytest.approx(ratio, abs=0.04)
+        for span in begun:
+            below = tracing.span("x", "consumer", span.context)
+            assert (below.is_made, below.trace_id) == (span.is_made, span.trace_id)
+        assert len({span.trace_id for span in begun}) == len(begun)
+        assert all(tracing.span("x", "server", TraceContext(PARENT)).is_made for _ in range(100))
+    finally:
+        tracing.stop()
 
 
 def test_a_client_without_asyncio_is_in_its_callers_trace(collector: Collector, gateway: str) -> None:
@@ -268,7 +291,14 @@ async def test_a_collector_that_is_away_is_nobodys_trouble(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "pigeon")],
+    [
+        ("OTEL_SDK_DISABLED", "true"),
+        ("OTEL_TRACES_EXPORTER", "none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "pigeon"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.01"),
+        ("OTEL_TRACES_SAMPLER_ARG", "nan"),
+        ("OTEL_TRACES_SAMPLER_ARG", "some"),
+    ],
 )
 def test_what_turns_traces_off(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
