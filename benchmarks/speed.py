@@ -201,16 +201,17 @@ def itl(checkpoint: Path, seconds: float) -> tuple[float, float]:
     return percentile(gaps, 50), percentile(gaps, 99)
 
 
-def subjects(quick: bool, folder: Path) -> list[Subject]:
-    """What is measured."""
+def subjects(quick: bool, folder: Path, *, skip: Sequence[str] = ()) -> list[Subject]:
+    """What is measured, without the speed-ups in `skip`."""
     if quick:
         small = tiny("mixtral", folder / "tiny")
         return [Subject("tiny", small, random_prompts, (4,), 8, 1, ("prefix caching",), {})]
     demo, large = demo_model.ensure(), measure_sized(folder / "measure-1.5GiB")
-    vllm = {"defaults": VLLM_DEFAULTS, "plain": PLAIN}
+    ups = [one for one in SPEED_UPS if one not in skip]
+    vllm = {"plain": PLAIN} if "compiled" in skip else {"defaults": VLLM_DEFAULTS, "plain": PLAIN}
     return [
-        Subject("demo", demo, text_prompts(demo), (1, 8, 32), 32, 3, tuple(SPEED_UPS), vllm),
-        Subject("large", large, random_prompts, (1, 8, 32, 64), 32, 3, ("compiled",), vllm),
+        Subject("demo", demo, text_prompts(demo), (1, 8, 32), 32, 3, tuple(ups), vllm),
+        Subject("large", large, random_prompts, (1, 8, 32, 64), 32, 3, tuple(u for u in ups if u == "compiled"), vllm),
     ]
 
 
@@ -218,12 +219,13 @@ def main() -> None:
     """Measure and report."""
     parser = report.parser(__doc__)
     parser.add_argument("--only", choices=("demo", "large"), help="one of the two models")
+    parser.add_argument("--skip", nargs="*", choices=tuple(SPEED_UPS), default=(), help="leave these speed-ups out")
     args = parser.parse_args()
     rows: list[list[object]] = []
     figures: dict[str, object] = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
-        for subject in (s for s in subjects(args.quick, Path(name)) if args.only in (None, s.name)):
+        for subject in (s for s in subjects(args.quick, Path(name), skip=args.skip) if args.only in (None, s.name)):
             with Bench() as bench:
                 more, found = measure(bench, subject)
             rows, ratios = rows + more, ratios | found

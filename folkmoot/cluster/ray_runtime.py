@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from folkmoot.cluster import ray_head
 from folkmoot.cluster.autoscale import Limits
@@ -151,7 +152,7 @@ def _beside_store(spec: ClusterSpec) -> dict[str, float]:
     """What router and engines ask of their node: to be this one, where the request store listens on loopback."""
     import ray
 
-    if not spec.several_nodes or "//127.0.0.1:" not in spec.redis:
+    if not spec.several_nodes or urlsplit(spec.redis).hostname != "127.0.0.1":
         return {}
     return {f"node:{ray.util.get_node_ip_address()}": 0.001}
 

@@ -294,13 +294,17 @@ def test_a_killed_router_comes_back_and_finds_the_same_hosts(cluster: Cluster, c
     assert tokens(client) == expected
 
 
+def alive(status: dict[str, Any]) -> int:
+    return sum(h["alive"] for h in status["hosts"])
+
+
 @pytest.mark.parametrize("with_actor", [False, True], ids=["host", "host-and-actor"])
 def test_a_host_killed_in_mid_answer_changes_no_token(
     cluster: Cluster, client: Client, collector: Collector, with_actor: bool
 ) -> None:
     expected = tokens(client, max_tokens=120)
-    before = cluster.status()
-    victim = max((h for h in before["hosts"] if h["alive"]), key=lambda h: h["rows"])
+    before = eventually(lambda: s if alive(s := cluster.status()) == 4 else None, 30.0, "the router has heard of all")
+    victim = max(before["hosts"], key=lambda h: h["rows"])
     answer: list[int] = []
     after_kill = 0
     request_id = f"failover-{secrets.token_hex(4)}"

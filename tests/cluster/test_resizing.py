@@ -44,7 +44,7 @@ def change(cluster: Cluster, *arguments: str) -> str:
         done = cluster.run(*arguments, "--timeout", "120", timeout_s=150.0)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     load.check()
-    assert is_healed(cluster) or eventually(lambda: is_healed(cluster), 5.0, "the status says so too")
+    assert is_healed(cluster) or eventually(lambda: is_healed(cluster), 30.0, "the status says so too")
     return done.stdout
 
 
@@ -140,7 +140,7 @@ def engines(cluster: Cluster) -> set[int]:
 def test_engines_come_and_go_and_are_rolled(elastic: Cluster) -> None:
     before = engines(elastic)
     change(elastic, "scale", "engines", "2")
-    eventually(lambda: len(engines(elastic)) == 2 and engines(elastic) > before, 5.0, "the status says so too")
+    eventually(lambda: len(engines(elastic)) == 2 and engines(elastic) > before, 30.0, "the status says so too")
     change(elastic, "scale", "engines", "1")
     eventually(lambda: len(engines(elastic)) == 1, 10.0, "one engine")
     (kept,) = engines(elastic)
