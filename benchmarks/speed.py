@@ -18,6 +18,7 @@ all that is measured here.
 """
 
 import asyncio
+import functools
 import itertools
 import statistics
 import tempfile
@@ -97,10 +98,7 @@ def contestants(bench: Bench, subject: Subject, pools: Mapping[str, Pool]) -> di
         found[VLLM, form] = bench.engine(subject.checkpoint, openmp={}, **common, **arguments).wait().generate
     peer = transformers_peer.start(bench, subject.checkpoint).wait()
     for form, experts in transformers_peer.FORMS:
-
-        def generate(prompts: list[list[int]], num: int, form: str = form, experts: str = experts) -> dict[str, Any]:
-            return transformers_peer.generate(peer, prompts, num, form, experts)
-
+        generate = functools.partial(transformers_peer.generate, peer, form=form, experts=experts)
         found[TRANSFORMERS, f"{form}, {experts}"] = generate
     return found
 

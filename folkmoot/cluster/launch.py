@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from folkmoot.cluster import interrupts, metrics_node, processes, ray_runtime, warm_files
-from folkmoot.cluster.expert_precision import decided
+from folkmoot.cluster.expert_precision import MeasureError, decided
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
 from folkmoot.cluster.state_file import ClusterState, StateFolder
 from folkmoot.cluster.up_options import (
@@ -232,7 +232,7 @@ class Supervisor:
         """The spec with the dtype of each expert, where that is left to a budget."""
         try:
             return decided(spec, self.options.expert_loads, lambda: self._warm_parent(spec), self._tell)
-        except ValueError as e:
+        except (ValueError, MeasureError) as e:
             raise StartError(str(e)) from e
 
     def _warm_parent(self, spec: ClusterSpec) -> WarmParent:

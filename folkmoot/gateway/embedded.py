@@ -154,16 +154,16 @@ class EmbeddedStore:
             try:
                 s.connect(str(self._socket))
                 if self._password:
-                    s.sendall(_command("AUTH", self._password))
+                    s.sendall(_encoded("AUTH", self._password))
                     s.recv(64)
-                s.sendall(_command("PING"))
+                s.sendall(_encoded("PING"))
                 return s.recv(64).startswith(b"+PONG")
             except OSError:
                 return False
 
 
-def _command(*words: str) -> bytes:
-    """In the store's protocol."""
+def _encoded(*words: str) -> bytes:
+    """A command in the store's protocol."""
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
 
 
