@@ -22,7 +22,7 @@ help:            ## show these targets
 
 install: $(STAMP)  ## make .venv with everything (EXTRA=cpu or gpu)
 
-$(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c folkmoot/experts/quantised.c
+$(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c $(wildcard folkmoot/experts/quantised*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt -e '.[$(EXTRA),dev]'
@@ -50,7 +50,7 @@ format: install  ## format and sort imports
 
 bench: install   ## every benchmark, one after the other, figures into bench/
 	mkdir -p bench
-	for name in exactness throughput hop gateway failover chaos batch lanes autoscale fuzz observe cost balance speed; do \
+	for name in exactness throughput hop gateway failover chaos batch lanes autoscale nodes fuzz observe cost balance speed idle; do \
 	  $(BIN)/python -m benchmarks.$$name --json bench/$$name.json || exit 1; done
 
 proto: install   ## regenerate the protobuf code

@@ -14,6 +14,7 @@ whose engine is killed whenever it runs one.
 The quick preset has no poisonous lines, since an engine has to come back between two deaths.
 
     python -m benchmarks.batch --json batch.json
+    python -m benchmarks.batch --model demo --lines 1000
 """
 
 import asyncio
@@ -31,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chaos, clusters, faults, report
-from benchmarks.checkpoints import tiny
 from benchmarks.clusters import Cluster, Role
 from benchmarks.engines import Bench, prompts_of
+from benchmarks.failover import made
 from benchmarks.faults import DidNotHappen
 from folkmoot.gateway.batch_client import AsyncBatches
 from folkmoot.gateway.client import AsyncClient, FolkmootError
@@ -41,7 +42,7 @@ from folkmoot.gateway.pb import batches_pb2, gateway_pb2
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--engines", "2", "--hosts", "3", "--replicas", "2")
 PROMPT_TOKENS, MAX_TOKENS, POISON_TOKENS = 16, 16, 480
-FAULT_EVERY_S, FAULT_EVERY_QUICK_S = 5.0, 1.0
+FAULT_EVERY_S, FAULT_EVERY_QUICK_S = 2.5, 1.0
 LONGER = 1.1
 """Engines take seconds to come back: each pause between two faults is so much longer than the one before."""
 SAMPLE_S = 0.5
@@ -233,14 +234,17 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--lines", type=int, help="good lines  [default: 10,000; quick: 300]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model", choices=["demo", "tiny"], default="tiny", help="the demo model, or a tiny checkpoint"
+    )
     args = parser.parse_args()
     num = args.lines or (300 if args.quick else 10_000)
-    num_bad, num_poison, every_s = (4, 0, FAULT_EVERY_QUICK_S) if args.quick else (100, 5, FAULT_EVERY_S)
+    num_bad, num_poison, every_s = (4, 0, FAULT_EVERY_QUICK_S) if args.quick else (100, 3, FAULT_EVERY_S)
     rng, prompts = random.Random(args.seed), prompts_of(num, PROMPT_TOKENS, 500, args.seed)
     good = [line(f"line-{i}", prompt, MAX_TOKENS) for i, prompt in enumerate(prompts)]
     lines, broken = disturbed_file(good, num_bad, num_poison, rng), Broken()
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
-        model = tiny("mixtral", Path(name) / "tiny", dtype="float32")
+        model = made(args.model, Path(name))
         vllm_tokens_s, vllm_answers = direct(model, prompts, 1 if args.quick else 3)
         with Cluster(model, OPTIONS, gateways=2) as cluster:
             asyncio.run(run_batch(cluster, "warm", good[:128]))

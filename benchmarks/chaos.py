@@ -203,8 +203,6 @@ def main() -> None:
             run, account = asyncio.run(play(cluster, plan, args.clients, args.seed))
             ended_s = time.time()
             whole = asyncio.run(load.until(lambda: cluster.is_whole(ended_s), SETTLE_TIMEOUT_S))
-            # An engine lets go of a dead link at its next layer.
-            asyncio.run(load.record(cluster.addresses, questions(), args.clients))
             leaks = snapshot.settled_leaks(cluster, before, LEAKS_TIMEOUT_S)
     figures = _report(plan, run, account, leaks, whole)
     report.finish(figures, args.json)

@@ -175,6 +175,23 @@ def tiny(architecture: str, path: Path, *, dtype: str = "bfloat16", seed: int = 
     return path
 
 
+def multimodal(text: Path, path: Path) -> Path:
+    """Write a Llama 4 checkpoint of text as the published ones are, with eyes: the language model's tensors and
+    configuration are a part of the whole. The eyes are too few to see."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(text / "model.safetensors").items()}
+    eyes = {"vision_model.class_embedding": (64,), "multi_modal_projector.linear_1.weight": (128, 64)}
+    save_file(tensors | {name: torch.ones(shape) for name, shape in eyes.items()}, path / "model.safetensors")
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = _transformers().Llama4Config(
+        text_config=json.loads((text / "config.json").read_text()), vision_config=vision
+    )
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    config.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
 def measure_sized(path: Path, *, seed: int = 0) -> Path:
     """Write the model that throughput is measured with: 1.5 GiB of experts (8 layers of 32, top-2), bfloat16."""
     shape = Sizes(num_layers=8, num_experts=32, hidden_size=1024, intermediate_size=1024, vocab_size=VOCABULARY)

@@ -7,6 +7,7 @@ processes that play a role, so that a fault can be injected into any of them; `k
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
 HEARD_S = 0.2
+STALLED = r"stalled: no answer for \d+ rows within ([\d.]+) s"
 COMMAND = (sys.executable, "-m", "folkmoot.cluster.cli")
 
 T = TypeVar("T")
@@ -122,6 +124,11 @@ class Cluster:
     def namespace(self) -> str:
         """Of all keys in the store."""
         return f"folkmoot-{self.name}"
+
+    def stall_deadlines_s(self) -> list[float]:
+        """The deadline of each host that an engine has given up as stalled, as the engines logged them."""
+        texts = (log.read_text(errors="replace") for log in self.folder.logs.glob("*.log"))
+        return [float(seconds) for text in texts for seconds in re.findall(STALLED, text)]
 
     def start_gateway(self, listen: str = "127.0.0.1:0") -> None:
         """One more gateway on the cluster's store, which nobody but us brings back."""

@@ -49,7 +49,10 @@ def engine_main(spec: dict[str, Any], control: Control) -> None:
 
     began = time.monotonic()
     register_eagerly(vllm_api.describe(Path(spec["checkpoint"])).architecture)
-    arguments = {**PLAIN, **spec["arguments"]}
+    hosted = {} if spec["dispatch"] is None else vllm_api.engine_arguments()
+    if hosted:
+        os.environ.update(vllm_api.batch_invariance("cpu", None))
+    arguments = {**PLAIN, **hosted, **spec["arguments"]}
     llm = LLM(spec["checkpoint"], **{name: value for name, value in arguments.items() if value is not None})
     control.send({"load_s": time.monotonic() - began})
     while True:
@@ -197,8 +200,9 @@ class Pool:
     directory: Path
 
     def dispatch(self, **settings: object) -> dict[str, object]:
-        """A dispatch configuration for an engine that uses this pool."""
-        path = self.directory / f"map-{self.expert_map.version}.json"
+        """A dispatch configuration for an engine that uses this pool. It reads the map at its first forward pass, so
+        each pool needs a file of its own."""
+        path = self.directory / f"map-{next(iter(self.children.values())).pid}-{self.expert_map.version}.json"
         path.write_text(self.expert_map.to_json())
         secret_file = str(secret.keep(self.directory / "secret"))
         return {"engine": "bench", "secret_file": secret_file, "map_path": str(path), **settings}

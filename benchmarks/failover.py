@@ -16,6 +16,7 @@ import asyncio
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,11 @@ from typing import TypeAlias
 from benchmarks import faults, load, peer, report
 from benchmarks.checkpoints import measure_sized, tiny
 from benchmarks.clusters import Cluster
-from benchmarks.engines import Bench, prompts_of
+from benchmarks.engines import prompts_of
 from benchmarks.faults import Fault
 from benchmarks.load import Answer, Faults, Load, Question
 from folkmoot.cluster import demo_model
 from folkmoot.cluster.bench import percentile
-from folkmoot.cluster.spec import ClusterSpec
 
 Owed: TypeAlias = Mapping[int, Sequence[int]]
 
@@ -38,6 +38,8 @@ VOCABULARY = 500
 RESTORE_TIMEOUT_S = 120.0
 GAP_HORIZON_S = 15.0
 """Gaps that begin later than this after a fault are not its doing."""
+CALM_END_S = 0.5
+"""Gaps that begin so shortly before a fault do not count as without one: they may be of it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Trial:
     restored_s: float | None
     tokens: int
     tokens_undisturbed: int
+    deadline_s: float = 0.0
+    """of a stalled host: `--stall-s` and some times its usual pace (folkmoot.experts.deadline)"""
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Outcome:
     trials: list[Trial] = field(default_factory=list)
     account: Faults = field(default_factory=Faults)
     tokens_owed: int = 0
+    calm_share: float = 0.0
+    """of tokens that were different in answers that ended before the first fault: in bf16 batches alone do that"""
 
 
 async def run(
@@ -90,6 +96,8 @@ async def run(
         began = time.monotonic()
         await asyncio.sleep(plan.window_s)
         undisturbed = steady.tokens_between(began, began + plan.window_s)
+        calm = [answer for answer in steady.answers if answer.finish_reason is not None]
+        outcome.calm_share = load.faults_of(calm, owed).different / max(1, sum(len(a.token_ids) for a in calm))
         for key, fault in plan.faults:
             outcome.trials.append(await _trial(cluster, plan, steady, key, fault, undisturbed, rng))
     outcome.account = load.faults_of(steady.answers, owed)
@@ -112,6 +120,7 @@ async def _trial(
 ) -> Trial:
     began = time.monotonic()
     await asyncio.sleep(plan.window_s / 2)
+    stalled_before = Counter(cluster.stall_deadlines_s())
     injected = await faults.inject_soon(cluster, fault, rng)
     await asyncio.to_thread(cluster.tend)
     since_s = time.time() - (time.monotonic() - injected.at_s)
@@ -119,11 +128,11 @@ async def _trial(
     restored_s = time.monotonic() - injected.at_s if whole else None
     await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
     usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)
-    gaps, calm = (
-        _gaps(steady.answers, at_s, horizon_s, usual_s)
-        for at_s, horizon_s in ((injected.at_s, GAP_HORIZON_S), (began, min(GAP_HORIZON_S, plan.window_s / 2)))
-    )
-    trial = Trial(key, fault, gaps, calm, restored_s, steady.tokens_between(began, began + plan.window_s), undisturbed)
+    gaps = _gaps(steady.answers, injected.at_s, GAP_HORIZON_S, usual_s)
+    calm = _gaps(steady.answers, began, min(GAP_HORIZON_S, injected.at_s - CALM_END_S - began), usual_s)
+    tokens = steady.tokens_between(began, began + plan.window_s)
+    deadline_s = max(Counter(cluster.stall_deadlines_s()) - stalled_before, default=0.0)
+    trial = Trial(key, fault, gaps, calm, restored_s, tokens, undisturbed, deadline_s)
     print(_line(trial), flush=True)
     return trial
 
@@ -145,14 +154,17 @@ def _line(trial: Trial) -> str:
     restored = "not whole again" if trial.restored_s is None else f"whole again after {trial.restored_s:.1f} s"
     worst = 1e3 * max(trial.gaps_s, default=float("nan"))
     calm = 1e3 * max(trial.undisturbed_gaps_s, default=float("nan"))
-    return f"{trial.fault.name}: longest gap {worst:.0f} ms over the usual one ({calm:.0f} before), {restored}"
+    deadline = f", deadline {1e3 * trial.deadline_s:.0f} ms" if trial.deadline_s else ""
+    return (
+        f"{trial.fault.name}: longest gap {worst:.0f} ms over the usual one ({calm:.0f} before){deadline}, {restored}"
+    )
 
 
 def measure(model: Path, plan: Plan) -> Outcome:
     """Start a cluster, learn its undisturbed answers, break it, and take it down."""
     questions = load.greedy(prompts_of(plan.num_questions, PROMPT_TOKENS, VOCABULARY), plan.max_tokens)
     with Cluster(model, plan.options, plan.gateways) as cluster:
-        owed = asyncio.run(load.record(cluster.addresses, questions, plan.clients))
+        owed = asyncio.run(load.record(cluster.addresses, questions, 1))
         return asyncio.run(run(cluster, plan, questions, owed))
 
 
@@ -169,7 +181,6 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
     for name, key, choose in (
         ("dead_host_gap_p99_ms", "dead_host", lambda gaps: percentile(gaps, 99)),
         ("light_load_dead_host_gap_p99_ms", "dead_host_light", lambda gaps: percentile(gaps, 99)),
-        ("stalled_host_gap_over_deadline_ms", "stalled_host", lambda gaps: max(0.0, max(gaps) - ClusterSpec.stall_s)),
         ("no_replica_gap_ms", "no_replica", max),
         ("engine_gap_ms", "engine", max),
         ("gateway_gap_ms", "gateway", max),
@@ -179,6 +190,9 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
         gaps = [gap for o in outcomes for t in o.trials if t.key == key for gap in t.gaps_s]
         if gaps:
             figures[name] = 1e3 * choose(gaps)
+    if stalled := [t for o in outcomes for t in o.trials if t.key == "stalled_host" and t.gaps_s]:
+        over = max(max(t.gaps_s) - t.deadline_s for t in stalled)
+        figures["stalled_host_gap_over_deadline_ms"] = max(0.0, 1e3 * over)
     if hosts := [t for o in outcomes for t in o.trials if t.key == "dead_host"]:
         figures["undisturbed_gap_p99_ms"] = 1e3 * percentile([g for t in hosts for g in t.undisturbed_gaps_s], 99)
         figures["throughput_retained"] = min(t.tokens / t.tokens_undisturbed for t in hosts)
@@ -247,23 +261,10 @@ def made(model: str, folder: Path) -> Path:
     return measure_sized(path) if model == "measure" else tiny("mixtral", path, dtype="float32")
 
 
-def reshuffled(model: Path, num_questions: int, max_tokens: int) -> float:
-    """The share of tokens that differ when monolithic vLLM answers the same questions all at once, and in fives."""
-    prompts = prompts_of(num_questions, PROMPT_TOKENS, VOCABULARY)
-    with Bench() as bench:
-        engine = bench.engine(model).wait()
-        together = engine.generate(prompts, max_tokens)["tokens"]
-        parts = [engine.generate(prompts[i : i + 5], max_tokens)["tokens"] for i in range(0, len(prompts), 5)]
-        engine.close()
-    pairs = zip((t for answer in together for t in answer), (t for p in parts for a in p for t in a), strict=True)
-    different: int = sum(a != b for a, b in pairs)
-    return different / (num_questions * max_tokens)
-
-
 def main() -> None:
     """Measure and report."""
     parser = report.parser(__doc__)
-    parser.add_argument("--only", metavar="NAME", help="those clusters whose name contains this, and no peer")
+    parser.add_argument("--only", metavar="NAME", help="those clusters whose name contains this, and no killed peer")
     parser.add_argument("--window-s", type=float, default=60.0, help="length of the window around a fault")
     args = parser.parse_args()
     rows: list[list[object]] = []
@@ -271,8 +272,10 @@ def main() -> None:
         chosen = [(m, plan) for m, plan in plans(args.quick, args.window_s) if (args.only or "") in plan.name]
         outcomes = [measure(made(model, Path(name)), plan) for model, plan in chosen]
         figures = figures_of(outcomes)
+        for (model, plan), outcome in zip(chosen, outcomes, strict=True):
+            if "bf16" in plan.name:
+                figures |= bf16_figures(made(model, Path(name)), outcome)
         if not args.quick and args.only is None:
-            figures |= bf16_figures(made("measure", Path(name)), outcomes[-1])
             line, more = peer.measure(made("demo", Path(name)), window_s=args.window_s)
             rows.append(line)
             figures |= more
@@ -285,10 +288,14 @@ def main() -> None:
 
 
 def bf16_figures(model: Path, outcome: Outcome) -> dict[str, object]:
-    """How many tokens differ in bf16: after faults here, and in vLLM when only the batches change."""
+    """How many tokens differ in bf16 from those of a question asked alone: here among faults, here before the first
+    one, and in vLLM's own server under the same load."""
+    plan = outcome.plan
+    questions = load.greedy(prompts_of(plan.num_questions, PROMPT_TOKENS, VOCABULARY), plan.max_tokens)
     return {
         "tokens_different_bf16_share": outcome.account.different / outcome.tokens_owed,
-        "tokens_different_vllm_reshuffled": reshuffled(model, outcome.plan.num_questions, outcome.plan.max_tokens),
+        "tokens_different_bf16_share_calm": outcome.calm_share,
+        "tokens_different_vllm_reshuffled": peer.reshuffled(model, questions, plan.clients, plan.window_s),
     }
 
 

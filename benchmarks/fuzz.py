@@ -53,10 +53,10 @@ PATIENCE_S = 90.0  # until what a request left is forgotten: its retention, a te
 RETENTION_S = 2.0
 KEPT = (
     *("layout", "api-keys", "models", "engines", "engine-models", "load:", "ready:", "dead:", "cluster"),
-    *("operation", "batch"),
+    *("operation", "batch", "counts"),
 )
 """What may be in the store when all requests are over: operations that no router takes are kept for a week, batches for
-their own retention."""
+their own retention, counters of what became of them for ever."""
 
 
 @dataclass

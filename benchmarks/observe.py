@@ -1,11 +1,12 @@
 """What it costs to be observed: throughput with metrics on, and scraped every second, over off; and with traces too.
 
 Side by side in one run, in turns: four gateways on one store with an engine that answers at once (answers of one
-piece, and of 32, each a message), and three small clusters (vLLM, four expert hosts each). Traces are sampled as by
-default; those of the fourth gateway, all. They go to a collector that drops them, on the same cores. Each figure is the
-median of the rounds' ratios. `--quick` leaves the clusters out.
+piece, and of 32, each a message), and three clusters of the demo model (vLLM, four expert hosts each), started three
+times. Traces are sampled as by default; those of the fourth gateway, all. They go to a collector that drops them, on
+the same cores. Each figure is the median of the rounds' ratios. `--quick` leaves the clusters out.
 
     python -m benchmarks.observe --json observe.json
+    python -m benchmarks.observe --only clusters --model tiny   # whose steps are as short as steps can be
     python -m benchmarks.observe --picture panels.png        # what the dashboard shows of a small cluster under load
 """
 
@@ -44,6 +45,7 @@ CLUSTER = ("--hosts", "4", "--replicas", "2", "--max-model-len", "512")
 TRACES: dict[str, dict[str, str]] = {"both": {}, "all": {"OTEL_TRACES_SAMPLER_ARG": "1"}}
 """The subjects that have traces, and what they are told about them."""
 CLUSTERS = ("off", "metrics", "both")
+STARTS = 3
 GATEWAYS = (*CLUSTERS, "all")
 """The subjects; all but the first have metrics."""
 KEYS = {
@@ -210,19 +212,30 @@ async def of_clusters(clusters: Mapping[str, Cluster], times: int, seconds: floa
 
 
 @contextmanager
-def three_clusters(endpoint: str) -> Iterator[dict[str, Cluster]]:
-    """Of one tiny model."""
-    from benchmarks.checkpoints import tiny  # it brings torch, which the processes that are measured do without
+def three_clusters(name_of_model: str, endpoint: str, turn: int) -> Iterator[dict[str, Cluster]]:
+    """Of one model, started one after the other, another one first in each turn."""
+    from benchmarks.failover import made  # it brings torch, which the processes that are measured do without
 
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-")))
-        model = tiny("mixtral", folder / "model")
+        model = made(name_of_model, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ob-"))))
         clusters = {}
-        for name in CLUSTERS:
+        for name in (*CLUSTERS[turn % len(CLUSTERS) :], *CLUSTERS[: turn % len(CLUSTERS)]):
             options = (*CLUSTER, "--metrics", OFF if name == "off" else "127.0.0.1:0")
             with told(name, endpoint):
                 clusters[name] = stack.enter_context(Cluster(model, options, name=name))
         yield clusters
+
+
+def of_several_starts(model: str, endpoint: str, times: int, seconds: float) -> Speeds:
+    """All rounds of all starts, since two clusters that are told the same differ by percents, from start to end."""
+    total: Speeds = {name: [] for name in CLUSTERS}
+    for turn in range(STARTS):
+        with three_clusters(model, endpoint, turn) as clusters:
+            speeds = asyncio.run(of_clusters(clusters, times, seconds))
+        total = {name: [*total[name], *speeds[name]] for name in CLUSTERS}
+        ratios = ", ".join(f"{name} {ratio(speeds, name):.3f}" for name in CLUSTERS[1:])
+        print(f"clusters, start {turn + 1} of {STARTS}, over off: {ratios}", flush=True)
+    return total
 
 
 async def tokens_s(cluster: Cluster, seconds: float) -> float:
@@ -260,6 +273,8 @@ def main() -> None:
     """Command line."""
     p = parser(__doc__)
     p.add_argument("--picture", type=Path, metavar="FILE", help="draw the dashboard's panels instead")
+    p.add_argument("--only", choices=["gateways", "clusters"], help="one of both")
+    p.add_argument("--model", choices=["demo", "tiny"], default="demo", help="of the clusters  [default: demo]")
     options = p.parse_args()
     if options.picture is not None:
         if find_program("prometheus") is None:
@@ -269,11 +284,12 @@ def main() -> None:
     port, spans = free_port(), multiprocessing.get_context("spawn").Value("q", 0)
     with process(collector, port, spans):
         endpoint = f"http://127.0.0.1:{port}"
-        with four_gateways(endpoint) as gateways:
-            found = asyncio.run(of_gateways(gateways, times, seconds))
-        if not options.quick:
-            with three_clusters(endpoint) as clusters:
-                found["cluster"] = asyncio.run(of_clusters(clusters, times, 2 * seconds))
+        found: dict[str, Speeds] = {}
+        if options.only != "clusters":
+            with four_gateways(endpoint) as gateways:
+                found = asyncio.run(of_gateways(gateways, times, seconds))
+        if options.only == "clusters" or not (options.quick or options.only):
+            found["cluster"] = of_several_starts(options.model, endpoint, times // 2, 2 * seconds)
     if not spans.value:
         raise RuntimeError("no span has come")
     report(found, spans.value, options.json)
@@ -291,6 +307,8 @@ def report(found: Mapping[str, Speeds], spans: int, path: Path | None) -> None:
     figures: dict[str, object] = {"spans": spans}
     for key, which in KEYS.items():
         ratios = {name: ratio(speeds, which) for name, speeds in found.items() if which in speeds}
+        if not ratios:
+            continue
         figures |= {key: min(ratios.values()), **{f"{key}_{name}": value for name, value in ratios.items()}}
     finish(figures, path)
 

@@ -7,6 +7,7 @@ ask again at once when a request has failed, which is the best they can do.
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from openai import APIError, AsyncOpenAI
 
 from benchmarks import clusters
 from benchmarks.engines import prompts_of
+from benchmarks.load import Question
 from folkmoot.cluster import processes
 
 START_TIMEOUT_S = 240.0
@@ -48,7 +50,7 @@ async def _measure(
     model: Path, window_s: float, clients: int, max_tokens: int
 ) -> tuple[list[object], dict[str, object]]:
     seen, prompts = Seen(), prompts_of(16, 16, 500)
-    async with _server(model) as (server, address):
+    async with _server(model, "float32") as (server, address):
         tasks = [asyncio.create_task(_ask_on(address, prompts, seen)) for _ in range(clients)]
         await asyncio.sleep(3.0 + window_s)
         before = sum(t > time.monotonic() - window_s for t in seen.pieces_s)
@@ -68,6 +70,41 @@ async def _measure(
         1e3 * gap_s, 1e3 * gap_s, "-", gap_s, around / before,
     ]  # fmt: skip
     return line, {"peer_vllm_gap_ms": 1e3 * gap_s, "peer_vllm_requests_lost": lost, "peer_vllm_in_flight": in_flight}
+
+
+def reshuffled(model: Path, questions: Sequence[Question], clients: int, window_s: float) -> float:
+    """The share of tokens that differ from those of each question asked alone, while so many clients ask the same ones
+    again and again in a random order: only what is in a batch together changes."""
+    return asyncio.run(_reshuffled(model, questions, clients, window_s))
+
+
+async def _reshuffled(model: Path, questions: Sequence[Question], clients: int, window_s: float) -> float:
+    rng = random.Random(0)
+    async with (
+        _server(model, "auto") as (_, address),
+        AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120.0) as client,
+    ):
+
+        async def ask(question: Question) -> list[int]:
+            options = dict(question.options)
+            done = await client.completions.create(
+                model="peer", prompt=list(question.token_ids), max_tokens=options["max_tokens"], temperature=0.0,
+                extra_body={"ignore_eos": options["ignore_eos"], "return_token_ids": True},
+            )  # fmt: skip
+            return list((done.choices[0].model_extra or {})["token_ids"])
+
+        owed = {question.key: await ask(question) for question in questions}
+        until_s, counts = time.monotonic() + window_s, [0, 0]
+
+        async def go_on() -> None:
+            while time.monotonic() < until_s:
+                question = rng.choice(questions)
+                pairs = list(zip(owed[question.key], await ask(question), strict=True))
+                counts[0] += sum(a != b for a, b in pairs)
+                counts[1] += len(pairs)
+
+        await asyncio.gather(*(go_on() for _ in range(clients)))
+    return counts[0] / max(1, counts[1])
 
 
 async def _ask_on(address: str, prompts: Sequence[Sequence[int]], seen: Seen) -> None:
@@ -91,12 +128,12 @@ async def _ask_on(address: str, prompts: Sequence[Sequence[int]], seen: Seen) ->
 
 
 @asynccontextmanager
-async def _server(model: Path) -> AsyncIterator[tuple["_Supervised", str]]:
+async def _server(model: Path, dtype: str) -> AsyncIterator[tuple["_Supervised", str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="fm-peer-") as name:
-        server = _Supervised(model, port, Path(name) / "server.log")
+        server = _Supervised(model, dtype, port, Path(name) / "server.log")
         try:
             await asyncio.to_thread(server.wait_until_ready)
             yield server, f"http://127.0.0.1:{port}"
@@ -107,10 +144,10 @@ async def _server(model: Path) -> AsyncIterator[tuple["_Supervised", str]]:
 class _Supervised:
     """vLLM's server, started again by a task whenever it has ended."""
 
-    def __init__(self, model: Path, port: int, log: Path) -> None:
+    def __init__(self, model: Path, dtype: str, port: int, log: Path) -> None:
         self._port, self._log = port, log
         self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype,
             "--served-model-name", "peer", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
             "--max-model-len", "512", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(1 << 30),
         ]  # fmt: skip

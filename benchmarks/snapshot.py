@@ -39,10 +39,10 @@ def take(cluster: Cluster) -> Snapshot:
     segments: set[tuple[str, int]] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            if _title(pid) == STAND_IN:
+            if title(pid) == STAND_IN:
                 continue
-            counts[PROCESSES + _title(pid)] += 1
-            counts[DESCRIPTORS + _title(pid)] += _descriptors(pid)
+            counts[PROCESSES + title(pid)] += 1
+            counts[DESCRIPTORS + title(pid)] += _descriptors(pid)
             counts["memory bytes"] += _pss(pid)
             segments |= _segments(pid)
     for name, _ in segments:
@@ -71,19 +71,25 @@ def _limit(name: str, had: int, before: Snapshot) -> float:
 
 
 def settled_leaks(cluster: Cluster, before: Snapshot, timeout_s: float) -> list[str]:
-    """`leaks` once there are none, or after `timeout_s`: what is just being cleared away does not count."""
+    """`leaks` once there are none, or after `timeout_s`: what is just being cleared away does not count.
+
+    Where a process has too many files open, what they are is printed, since nobody can look later."""
     deadline = time.monotonic() + timeout_s
     while (found := leaks(before, take(cluster))) and time.monotonic() < deadline:
         time.sleep(1.0)
+    for pid in cluster.all_pids():
+        with contextlib.suppress(OSError):
+            if any(line.startswith(f"{DESCRIPTORS}{title(pid)}:") for line in found):
+                print(f"open files of {title(pid)} ({pid}): {dict(_kinds(pid))}")
     return found
 
 
-def _title(pid: int) -> str:
+def title(pid: int) -> str:
     """What kind of process it is: the title it gave itself, or the module or program that it runs."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
     if not words:  # it has ended, and its parent has not been told
         name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-        return f"{name} (ended) of {_title(int(rest.split()[1]))}"
+        return f"{name} (ended) of {title(int(rest.split()[1]))}"
     if words and "::" in words[0]:
         return words[0].split(".")[0]
     return next((w for w in words if w.startswith("folkmoot.") or w.endswith(".py")), words[0] if words else "?")
@@ -92,17 +98,27 @@ def _title(pid: int) -> str:
 def _descriptors(pid: int) -> int:
     """Open files of a process. Of an actor, without what Ray opens in it: logs, and connections to other actors, which
     it keeps a while after those have died."""
-    title = _title(pid)
-    if any(part in title for part in (*RAYS_OWN, *STORES)):
+    kind = title(pid)
+    if any(part in kind for part in (*RAYS_OWN, *STORES)):
         return 0
     names = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             names.append(os.readlink(link))
-    if not title.startswith("ray::"):
+    if not kind.startswith("ray::"):
         return len(names)
-    of_ray = {f"socket:[{inode}]" for inode in _tcp_inodes(pid)}
-    return sum(name not in of_ray and not name.endswith((".log", ".out", ".err")) for name in names)
+    tcp = _tcp_inodes(pid)  # Ray's
+    return sum(name[8:-1] not in tcp and not name.endswith((".log", ".out", ".err")) for name in names)
+
+
+def _kinds(pid: int) -> Counter[str]:
+    """How many open files there are of each kind: connections over TCP, other sockets, and files by name."""
+    tcp, kinds = _tcp_inodes(pid), Counter[str]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            name = os.readlink(link)
+            kinds["TCP" if name[8:-1] in tcp else name.partition(":[")[0]] += 1
+    return kinds
 
 
 def _tcp_inodes(pid: int) -> set[str]:

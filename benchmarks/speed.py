@@ -182,10 +182,11 @@ def random_prompts(turn: int, batch: int) -> list[list[int]]:
     return prompts_of(batch, 16, 500, seed=1000 * turn + batch)
 
 
-def itl(checkpoint: Path, seconds: float) -> tuple[float, float]:
-    """(p50, p99) seconds between two tokens at a client, while 8 clients load a whole cluster steadily."""
+def itl(checkpoint: Path, seconds: float, *options: str) -> tuple[float, float]:
+    """(p50, p99) seconds between two tokens at a client, while 8 clients load a whole cluster steadily. `options` are
+    more of `folkmoot up`'s."""
     questions = load.greedy(prompts_of(32, 16, 500), 64)
-    with Cluster(checkpoint, ("--max-model-len", "512")) as cluster:
+    with Cluster(checkpoint, ("--max-model-len", "512", *options)) as cluster:
 
         async def run() -> list[float]:
             async with Load(cluster.addresses, questions, 8) as steady:
@@ -216,7 +217,7 @@ def subjects(quick: bool, folder: Path, *, skip: Sequence[str] = ()) -> list[Sub
 def main() -> None:
     """Measure and report."""
     parser = report.parser(__doc__)
-    parser.add_argument("--only", choices=("demo", "large"), help="one of the two models")
+    parser.add_argument("--only", choices=("demo", "large", "itl"), help="one model, or inter-token latency")
     parser.add_argument("--skip", nargs="*", choices=tuple(SPEED_UPS), default=(), help="leave these speed-ups out")
     args = parser.parse_args()
     rows: list[list[object]] = []
@@ -227,9 +228,11 @@ def main() -> None:
             with Bench() as bench:
                 more, found = measure(bench, subject)
             rows, ratios = rows + more, ratios | found
-    figures |= ratios | summary(ratios)
-    p50, p99 = itl(demo_model.ensure(), 5.0 if args.quick else 30.0)
-    figures |= {"itl_p50_ms": 1e3 * p50, "itl_p99_ms": 1e3 * p99, "itl_p99_over_p50": p99 / p50}
+    if ratios:
+        figures |= ratios | summary(ratios)
+    if args.only in (None, "itl"):
+        p50, p99 = itl(demo_model.ensure(), 5.0 if args.quick else 30.0)
+        figures |= {"itl_p50_ms": 1e3 * p50, "itl_p99_ms": 1e3 * p99, "itl_p99_over_p50": p99 / p50}
     header = ["model", "batch", "who", "form", "best", "tokens/s", "over ours plain"]
     print(report.table("Speed-ups, alone and together, and the peers", header, rows))
     report.finish(figures, args.json)

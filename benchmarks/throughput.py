@@ -5,13 +5,14 @@ of experts over two monolithic engines, in tokens/s and in resident memory; then
 token over the time that monolithic vLLM takes to load. Rounds alternate between the two, so that both see the same
 noise, and each figure is the median of the rounds' ratios.
 
-A single monolith has vLLM's own OpenMP settings, under which it is quickest; two of them a short spin count, since with
-their own they take the cores from each other. Ours are those of `folkmoot up`: with one engine its OpenMP workers run
-in the background (cores.py), with two they do not.
+A single monolith has vLLM's own OpenMP settings, under which it is quickest; two of them half of the cores each,
+since with their own they take the cores from each other. Ours are those of `folkmoot up`: with one engine its OpenMP
+workers run in the background (cores.py), with two they do not spin.
 
     python -m benchmarks.throughput --json throughput.json
 """
 
+import os
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from benchmarks import report, startup
 from benchmarks.checkpoints import measure_sized, tiny
 from benchmarks.engines import Bench, Engine, Pool, prompts_of
 from folkmoot.cluster import demo_model
+from folkmoot.experts.warm import SEVERAL_ENGINES
 
 PROMPT_TOKENS = 16
-SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
+HALF = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
 VOCABULARY = 500  # prompts use ids below this: every checkpoint here has as many
 
 
@@ -80,8 +82,8 @@ def shared_pool(bench: Bench, checkpoint: Path, batch: int, num_tokens: int, rou
                 figures: dict[str, object]) -> list[list[object]]:  # fmt: skip
     """Two engines on one pool against two monoliths, both engines of a side at work at once."""
     pool = bench.pool(checkpoint, 2, replicas=2)
-    ours = [bench.engine(checkpoint, pool=pool).wait() for _ in range(2)]
-    theirs = [bench.engine(checkpoint, openmp=SHORT_SPIN).wait() for _ in range(2)]
+    ours = [bench.engine(checkpoint, pool=pool, openmp=SEVERAL_ENGINES).wait() for _ in range(2)]
+    theirs = [bench.engine(checkpoint, openmp=HALF).wait() for _ in range(2)]
     prompts = prompts_of(batch, PROMPT_TOKENS, VOCABULARY)
     speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for i in range(rounds + 1):

@@ -157,7 +157,7 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--max-batch-seqs",
         type=click.IntRange(1),
-        help="of them batch requests  [default: three quarters of --max-num-seqs]",
+        help="of them batch requests  [default: all; three quarters within a minute of an interactive request]",
     ),
     click.option(
         "--batch-rows",
@@ -172,6 +172,12 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         default=UpOptions.batch_prompt_tokens,
         show_default=True,
         help="tokens of batch prompts that begin in one step",
+    ),
+    click.option(
+        "--batch-invariant/--no-batch-invariant",
+        default=None,
+        help="a request's tokens do not depend on what else an engine computes meanwhile (docs/failures.md)  "
+        "[default: on a CPU]",
     ),
     click.option(
         "--prefix-caching/--no-prefix-caching",
@@ -198,7 +204,7 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     ),
     click.option(
         "--prefill-chunk",
-        type=click.IntRange(16),
+        type=click.IntRange(1),
         metavar="TOKENS",
         help="compute prompts in pieces of at most so many tokens, so that a long one holds nobody up for long  "
         "[default: whole]",

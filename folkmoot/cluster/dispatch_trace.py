@@ -1,12 +1,15 @@
 """What an engine's dispatcher did while a request ran, as attributes of the request's span.
 
 Not a span a layer, nor one a step: a request of 200 tokens through 60 layers would have 12,000, and each step is of all
-requests in it. So the dispatcher's counts (folkmoot.experts.dispatch_counts) are looked at while requests run and spans
-are made, and a span gets what they grew by: of all requests that shared its steps, up to the last look.
+requests in it. So the dispatcher's counts (folkmoot.experts.dispatch_counts) are looked at while a request runs whose
+span is made, and it gets what they grew by from the first look to the last: of all requests that shared its steps.
+Others cost nothing; each look interrupts the process that runs the model.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from folkmoot.gateway.tracing import Attributes
@@ -15,25 +18,51 @@ LOOK_EVERY_S = 0.05
 GROWING = ("calls", "rows", "rows_again", "dropped_hosts", "waited_s")
 
 
+@dataclass(eq=False)
+class Watch:
+    """One request's: the counts as of the first look at which it ran, and as of the last."""
+
+    before: Mapping[str, Any] = field(default_factory=dict)
+    now: Mapping[str, Any] = field(default_factory=dict)
+
+    def attributes(self) -> Attributes:
+        """What is to be said of it; none where nobody has looked."""
+        return grown(self.before, self.now)
+
+
 class DispatchTrace:
-    """The counts as of the last look; empty before the first, and where nobody looks."""
+    """Who watches, and what they have seen."""
 
     def __init__(self) -> None:
-        self._counts: Mapping[str, Any] = {}
+        self._watches: set[Watch] = set()
+        self._begun = asyncio.Event()
 
-    async def follow(self, look: Callable[[], Mapping[str, Any]], is_busy: Callable[[], bool]) -> None:
-        """Look for ever, while there is something to see. `look` may block, and runs in a thread."""
-        changed = True
+    async def follow(self, look: Callable[[], Mapping[str, Any]]) -> None:
+        """Look for ever, while somebody watches: at once when one begins, then every LOOK_EVERY_S. `look` may block,
+        and runs in a thread."""
         while True:
-            if changed or is_busy():
-                before, self._counts = self._counts, await asyncio.to_thread(look)
-                changed = self._counts != before
-            await asyncio.sleep(LOOK_EVERY_S)
+            await self._begun.wait()
+            self._begun.clear()
+            while self._watches:
+                counts = await asyncio.to_thread(look)
+                for watch in self._watches:
+                    watch.before, watch.now = watch.before or counts, counts
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await self._begun.wait()
+                        self._begun.clear()
 
-    def of_request(self) -> Callable[[], Attributes]:
-        """For a request that begins now: what is to be said of it at its end."""
-        before = self._counts
-        return lambda: grown(before, self._counts)
+    @contextmanager
+    def watched(self, is_wanted: bool) -> Iterator[Watch]:
+        """While a request runs. Where nobody wants to know, its watch sees nothing."""
+        watch = Watch()
+        if is_wanted:
+            self._watches.add(watch)
+            self._begun.set()
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
 
 
 def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> Attributes:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from folkmoot.gateway.queue import Room
 
 BATCH_SHARE = 3
-"""quarters of an engine's slots and KV cache that batch requests may hold"""
+"""quarters of an engine's slots and KV cache that batch requests may hold beside interactive ones"""
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
@@ -35,6 +35,7 @@ class EngineSpec:
     max_batch_seqs: int | None
     batch_rows: int
     batch_prompt_tokens: int
+    batch_invariant: bool | None
     prefix_caching: bool
     compiled: bool
     speculative_tokens: int
@@ -113,13 +114,16 @@ def can_replay(spec: EngineSpec) -> bool:
     return spec.device == "cpu" and not spec.speculative_tokens
 
 
-def batch_room(spec: EngineSpec, llm: Any) -> "Room":
-    """What batch requests may hold, so that interactive ones find slots and memory without preempting."""
+def batch_rooms(spec: EngineSpec, llm: Any) -> "tuple[Room, Room]":
+    """What batch requests may hold beside interactive ones, so that those find slots and memory without preempting; and
+    where there have been none for a while."""
     from folkmoot.gateway.queue import Room
 
-    requests = spec.max_batch_seqs or max(1, spec.max_num_seqs * BATCH_SHARE // 4)
     cache = llm.vllm_config.cache_config
-    return Room(requests, cache.num_gpu_blocks * cache.block_size * BATCH_SHARE // 4)
+    requests, tokens = spec.max_num_seqs, cache.num_gpu_blocks * cache.block_size
+    share = max(1, requests * BATCH_SHARE // 4)
+    beside = Room(spec.max_batch_seqs or share, tokens * BATCH_SHARE // 4)
+    return beside, Room(spec.max_batch_seqs or requests, tokens)
 
 
 def has_tokenizer(spec: EngineSpec) -> bool:

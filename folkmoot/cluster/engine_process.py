@@ -27,6 +27,7 @@ from folkmoot import logs
 from folkmoot.cluster import engine_model
 from folkmoot.cluster.engine_model import EngineSpec
 from folkmoot.cluster.map_feed import MapFeedServer
+from folkmoot.experts import vllm_api
 from folkmoot.experts.expert_map import ExpertMap, missing, remove_host
 from folkmoot.experts.warm import Control, exit_with_owner
 from folkmoot.gateway import tracing
@@ -158,6 +159,7 @@ def _set_environment(spec: EngineSpec) -> None:
     """vLLM and our plugin read these, here and in the core."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # on a CPU it decides only that the executor is in-process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.update(vllm_api.batch_invariance(spec.device, spec.batch_invariant))
     if spec.feed is not None:
         config = {name: getattr(spec, name) for name in SHARED_WITH_DISPATCHER}
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
@@ -191,7 +193,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
 
     stopping = asyncio.Event()
     preparer = Preparer(llm, engine_model.has_tokenizer(spec), can_replay=engine_model.can_replay(spec))
-    generator = Generator(llm, preparer, spec.max_num_seqs, engine_model.batch_room(spec, llm), can_serve)
+    generator = Generator(llm, preparer, spec.max_num_seqs, *engine_model.batch_rooms(spec, llm), can_serve)
     record = ModelRecord(
         spec.model,
         llm.model_config.max_model_len,
@@ -210,8 +212,7 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
         maps.listen(generator.host_lost, lambda reason: generator.end_all(holder, reason))
         watching = [saying, asyncio.create_task(_report(control, generator, maps))]
         if tracing.is_on() and spec.feed is not None:
-            following = generator.dispatch.follow(maps.dispatch_counts, lambda: generator.counters.running > 0)
-            watching.append(asyncio.create_task(following))
+            watching.append(asyncio.create_task(generator.dispatch.follow(maps.dispatch_counts)))
         try:
             async with _metrics(spec, maps, holder, generator):
                 await generator.run(holder, stopping)
@@ -224,8 +225,6 @@ async def _serve(spec: EngineSpec, control: Control, maps: MapState) -> None:
 
 def _start_traces(spec: EngineSpec, llm: Any) -> None:
     """Only now, since vLLM's core is forked from here: a fork with a connection of gRPC's in it is a trap."""
-    from folkmoot.experts import vllm_api
-
     if tracing.start("folkmoot-engine", spec.engine):
         tracing.share()
         vllm_api.trace_requests(llm)

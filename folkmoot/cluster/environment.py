@@ -1,4 +1,5 @@
-"""Environment variables that hold for the whole cluster: how its processes log, and where their spans go to.
+"""Environment variables that hold for the whole cluster: how its processes log, where their spans go to, how long their
+OpenMP workers spin.
 
 `folkmoot up` hands them on as any parent does. Actors on other nodes are nobody's children, so that the spec carries
 them there; what a node says itself comes first.
@@ -10,7 +11,7 @@ from typing import Any
 
 from folkmoot import logs
 
-PREFIXES = ("FOLKMOOT_LOG_", "OTEL_")
+PREFIXES = ("FOLKMOOT_LOG_", "OTEL_", "GOMP_SPINCOUNT")
 
 
 def carried() -> dict[str, str]:

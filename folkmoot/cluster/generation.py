@@ -5,6 +5,8 @@ One task a request. All of them write to one `LeaseHolder`, which journals a who
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from folkmoot import logs
-from folkmoot.cluster.dispatch_trace import DispatchTrace
+from folkmoot.cluster.dispatch_trace import DispatchTrace, Watch
 from folkmoot.cluster.latencies import Latencies
-from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer
+from folkmoot.cluster.prompts import INVALID_ARGUMENT, BadRequest, Prepared, Preparer, tokens_of_a_piece
 from folkmoot.gateway import tracing
 from folkmoot.gateway.errors import StoreError, public
 from folkmoot.gateway.holder import LeaseHolder, ids_of
@@ -28,8 +30,9 @@ log = logging.getLogger(__name__)
 REASONS = {"stop": pb.STOP, "length": pb.LENGTH, "repetition": pb.STOP, "abort": pb.CANCELLED, "error": pb.ERROR}
 INTERNAL, DEADLINE_EXCEEDED, ABORTED = 13, 4, 10
 STORE_PAUSE_S = 0.5
-UNSEEN_PIECE = 32  # tokens in a journal entry where nobody waits for each (a line of a batch): entries cost time
 RESET_PAUSE_S = 0.05
+QUIET_S = 60.0
+"""after so long without an interactive request, batch ones may have the room that is kept for them"""
 
 
 class CoreDied(RuntimeError):
@@ -51,14 +54,15 @@ class Generator:
     """Runs leased requests in vLLM. `may_lease` says whether new ones can be served now (the map is complete).
 
     Up to `max_running` requests that are interactive, whatever batch ones run (vLLM makes room); of those up to
-    `batch_room`, and no more than `max_running` with the others.
+    `beside`, or `alone` where no interactive one has run for QUIET_S, and no more than `max_running` with the others.
     """
 
     def __init__(
-        self, llm: Any, preparer: Preparer, max_running: int, batch_room: Room, may_lease: Callable[[], bool]
+        self, llm: Any, preparer: Preparer, max_running: int, beside: Room, alone: Room, may_lease: Callable[[], bool]
     ) -> None:
         self._llm, self._preparer, self._may_lease = llm, preparer, may_lease
-        self._max_running, self._batch_room = max_running, batch_room
+        self._max_running, self._beside, self._alone = max_running, beside, alone
+        self._interactive_s = -math.inf
         self._holder: LeaseHolder | None = None
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._leases: dict[tuple[str, int], Lease] = {}
@@ -99,10 +103,14 @@ class Generator:
 
     def _rooms(self) -> tuple[int, Room]:
         batch = [lease for lease in self._leases.values() if lease.is_batch]
-        interactive = len(self._leases) - len(batch)
-        requests = min(self._batch_room.requests, self._max_running - interactive) - len(batch)
-        tokens = self._batch_room.tokens - sum(lease.cost for lease in batch)
-        return self._max_running - interactive, Room(max(0, requests), max(0, tokens))
+        room = self._max_running - (len(self._leases) - len(batch))
+        now_s = time.monotonic()
+        if room < self._max_running:
+            self._interactive_s = now_s
+        most = self._alone if now_s - self._interactive_s > QUIET_S else self._beside
+        requests = min(most.requests, room) - len(batch)
+        tokens = most.tokens - sum(lease.cost for lease in batch)
+        return room, Room(max(0, requests), max(0, tokens))
 
     async def drain(self, grace_s: float) -> None:
         """Let what runs finish for so long, then drop it."""
@@ -194,9 +202,13 @@ class Generator:
             holder.write(lease, pb.GenerateResponse(finish=pb.Finish(reason=pb.LENGTH), usage=usage))
             return
         await self._is_sound.wait()
-        tell, dispatched = self.latencies.of_request(lease), self.dispatch.of_request()
+        with self.dispatch.watched(holder.span(lease).is_made) as watch:
+            await self._stream(holder, lease, prepared, watch)
+
+    async def _stream(self, holder: LeaseHolder, lease: Lease, prepared: Prepared, watch: Watch) -> None:
+        tell = self.latencies.of_request(lease)
         done, held = lease.offset, pb.GenerateResponse()
-        least = UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH else 1  # a journal entry needs a token
+        least = tokens_of_a_piece(lease)
         request_id = f"{lease.request_id}/{lease.epoch}"
         priority = int(lease.is_batch)  # vLLM takes the lower first
         context = holder.span(lease).context
@@ -218,7 +230,7 @@ class Generator:
                 continue
             if held.HasField("finish"):
                 held.usage.completion_tokens = done
-                holder.span(lease).set(dispatched())
+                holder.span(lease).set(watch.attributes())
             if not holder.write(lease, held):
                 return
             tell()

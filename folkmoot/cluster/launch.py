@@ -29,6 +29,7 @@ from folkmoot.cluster.up_options import (
     check_experts,
     check_guarded,
     make_spec,
+    openmp_of,
     resolve_model,
 )
 from folkmoot.cluster.wish import first_wish
@@ -178,7 +179,8 @@ class Supervisor:
         """Whether there was none: after a death an expert actor that cannot wait may have had the node's agent start
         the next one."""
         assert self._run_dir is not None
-        started = warm_files.start_missing(self._run_dir / "warm.sock", self.folder.logs / "warm.log")
+        openmp = openmp_of(self.options)
+        started = warm_files.start_missing(self._run_dir / "warm.sock", self.folder.logs / "warm.log", openmp)
         self._warm = started or self._warm
         return started is not None
 

@@ -17,6 +17,13 @@ from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.queue import Lease, sampling_fields
 
 ABORTED, INVALID_ARGUMENT = 10, 3
+UNSEEN_PIECE = 32  # tokens in a piece where nobody waits for each (a line of a batch): each costs time on its whole way
+
+
+def tokens_of_a_piece(lease: Lease) -> int:
+    """How many tokens travel together. Of a request that has lost an engine each goes alone: attempts count until one
+    has journalled something, and a request that moves on must not be given up for what kills its engines."""
+    return UNSEEN_PIECE if lease.request.on_disconnect == pb.DETACH and lease.attempt == 1 else 1
 
 
 class BadRequest(Exception):
@@ -57,6 +64,7 @@ class Preparer:
         token_ids = await self._tokens(lease.request)
         self._check_length(token_ids)
         params = self._sampling(lease.request, len(token_ids))
+        params.stream_interval = tokens_of_a_piece(lease)
         if not lease.token_ids:
             return Prepared(TokensPrompt(prompt_token_ids=token_ids), params, len(token_ids), Repetition())
         params.prompt_logprobs = None  # they went out with the first piece

@@ -60,11 +60,13 @@ class ClusterSpec:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batch_seqs: int | None = None
-    """of them batch requests; None: three quarters"""
+    """of them batch requests; None: all, and three quarters within a minute of an interactive request"""
     batch_rows: int = 1
     """batch requests that take part in an engine's step beside interactive ones"""
     batch_prompt_tokens: int = 256
     """tokens of batch prompts that begin in one step"""
+    batch_invariant: bool | None = None
+    """a request's tokens do not depend on what else an engine computes meanwhile; None: on a CPU"""
     prefix_caching: bool = True
     """keep the KV cache of prompts' beginnings for others that begin alike"""
     compiled: bool = False

@@ -1,6 +1,6 @@
 """What `folkmoot up` may be asked for, what of it cannot be, and the `ClusterSpec` that comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from folkmoot.cluster.expert_precision import read_loads
 from folkmoot.cluster.host_groups import HostGroup
 from folkmoot.cluster.placement import num_hosts_for
 from folkmoot.cluster.spec import ClusterSpec, namespace_of
-from folkmoot.experts import expert_choice, expert_dtype
+from folkmoot.experts import expert_choice, expert_dtype, warm
 from folkmoot.gateway.listen import OPEN_WITHOUT_KEYS, is_local
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHARED_WITH_SPEC = (
     *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
-    *("prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
+    *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
     *("stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
@@ -72,9 +72,10 @@ class UpOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batch_seqs: int | None = None
-    """of them batch requests; None: three quarters"""
+    """of them batch requests; None: all, and three quarters within a minute of an interactive request"""
     batch_rows: int = ClusterSpec.batch_rows
     batch_prompt_tokens: int = ClusterSpec.batch_prompt_tokens
+    batch_invariant: bool | None = None
     prefix_caching: bool = ClusterSpec.prefix_caching
     compiled: bool = ClusterSpec.compiled
     speculative_tokens: int = ClusterSpec.speculative_tokens
@@ -134,7 +135,11 @@ def make_spec(
         host_gpus=options.gpus_per_host,
         engine_cpus=options.cpus_per_engine,
         engine_gpus=options.gpus_per_engine,
-        environment={**environment.carried(), **logs.variables(options.log_format, options.log_level)},
+        environment={
+            **openmp_of(options),
+            **environment.carried(),
+            **logs.variables(options.log_format, options.log_level),
+        },
         **{name: getattr(options, name) for name in SHARED_WITH_SPEC},
     )
 
@@ -143,8 +148,16 @@ def _background_workers(options: UpOptions, shape: "ModelShape") -> bool:
     """By default where one engine shares its cores with hosts and nobody else: two would starve each other."""
     if options.background_workers is not None:
         return options.background_workers
-    most = options.engines if options.most_engines is None else options.most_engines
-    return options.device == "cpu" and most == 1 and bool(shape.moe_layers)
+    return options.device == "cpu" and _most_engines(options) == 1 and bool(shape.moe_layers)
+
+
+def _most_engines(options: UpOptions) -> int:
+    return options.engines if options.most_engines is None else options.most_engines
+
+
+def openmp_of(options: UpOptions) -> Mapping[str, str]:
+    """OpenMP's variables for the nodes' warm parents, and so for engines and expert hosts."""
+    return warm.OPENMP if _most_engines(options) <= 1 else warm.SEVERAL_ENGINES
 
 
 def shares_weights(options: UpOptions) -> bool:

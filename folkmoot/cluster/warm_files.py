@@ -1,6 +1,7 @@
 """How processes of one node find its warm parent: its socket, and beside it a note of who will listen there. No Ray."""
 
 import fcntl
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import Popen
 
@@ -13,14 +14,14 @@ def pid_file(warm_socket: Path) -> Path:
     return warm_socket.with_suffix(".pid")
 
 
-def start_missing(warm_socket: Path, log_path: Path) -> "Popen[bytes] | None":
+def start_missing(warm_socket: Path, log_path: Path, openmp: Mapping[str, str] = warm.OPENMP) -> "Popen[bytes] | None":
     """Start a warm parent as a child of this process, unless one is there: `folkmoot up` and a node's agent may both
-    see that one has died. A second one would double what the node keeps in memory."""
+    see that one has died. A second one would double what the node keeps in memory. `openmp`: see `warm.start`."""
     with warm_socket.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_started(warm_socket):
             return None
-        process = warm.start(warm_socket, log_path)
+        process = warm.start(warm_socket, log_path, environment=openmp)
         pid_file(warm_socket).write_text(str(process.pid))
     return process
 

@@ -23,8 +23,6 @@ from folkmoot.experts.routes import Routes
 
 log = logging.getLogger(__name__)
 
-SLICE_US = int(deadline.SLICE_S * 1e6)
-
 
 class Owner(Protocol):
     """What a call needs of its dispatcher."""
@@ -133,14 +131,15 @@ class Call:
     def wait(self) -> None:
         """Wait for all replies. A host that fails is dropped, and its pairs stay without rows."""
         used, waited, late = self.used[-1], Waited(), set[int]()
-        call, yield_us = ctypes.addressof(self.call), self.owner.config.yield_us
+        call, yield_us, slice_s = ctypes.addressof(self.call), self.owner.config.yield_us, deadline.SLICE_S
         while True:
             began = time.monotonic()
-            if native.finish(call, used.pointers, yield_us, SLICE_US) == native.ALL_DONE:
+            if native.finish(call, used.pointers, yield_us, int(slice_s * 1e6)) == native.ALL_DONE:
                 break
             self._attend(used)
             waited.add(time.monotonic() - began)
             late = self._drop_stalled(used, waited, late)
+            slice_s = self._next_look_s(used, waited)
         served = self.owner.rows_served
         for link in used.links:
             raw = link.raw
@@ -231,6 +230,7 @@ class Call:
         experts, replicas, _ = table.shape
         call.table, call.experts, call.replicas = table.ctypes.data, experts, replicas
         call.map_version, call.links = new.expert_map.version, len(new.links)
+        call.start = new.starts.ctypes.data
         call.served, call.scratch, call.cost = self.owner.counters(self.layer, table, len(new.links))
         return int(native.begin(ctypes.addressof(call), new.pointers))
 
@@ -283,9 +283,15 @@ class Call:
         over = waited.total_s > config.call_timeout_s
         stalled = waiting if over else [i for i in late if self._replaceable(i, late)]
         for i in stalled:
-            spent_s, pairs = (waited.total_s if over else waited.recent_s), links[i].raw.header.pairs
-            self._fail(links[i], f"stalled: no answer for {pairs} rows within {spent_s:.2f} s")
+            allowed_s = config.call_timeout_s if over else self._allowed_s(links[i])
+            self._fail(links[i], f"stalled: no answer for {links[i].raw.header.pairs} rows within {allowed_s:.3f} s")
         return late - set(stalled)
+
+    def _next_look_s(self, used: Routes, waited: Waited) -> float:
+        states = [link.raw.state for link in used.links]
+        waiting = (link for link, state in zip(used.links, states, strict=True) if state == native.WAITING)
+        left_s = (self._allowed_s(link) - waited.recent_s for link in waiting)
+        return deadline.next_look_s(left_s, is_one_done=native.DONE in states)
 
     def _allowed_s(self, link: Link) -> float:
         config = self.owner.config

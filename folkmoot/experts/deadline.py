@@ -13,13 +13,13 @@ Three rules keep an overloaded machine, or one that was suspended, from losing h
 - When a host answers after its deadline, the others get theirs again: what delayed one has likely delayed them all.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-SLICE_S = 0.05
+SLICE_S, LOOK_S = 0.05, 0.001
 MARGIN = 4.0
 """How many times slower than lately a host may be."""
 DECAY = 0.9
@@ -45,6 +45,15 @@ def allowed_s(pace: Pace | None, rows: int, stall_s: float, ceiling_s: float) ->
     if pace is None:
         return ceiling_s
     return min(ceiling_s, stall_s + MARGIN * max(pace.call_s, rows * pace.row_s))
+
+
+def next_look_s(left_s: Iterable[float], *, is_one_done: bool) -> float:
+    """How long to wait until the next look at the hosts that have not answered, which have so much of their time left.
+
+    A slice; less where one is late before, but only once another has answered: else all of them are perhaps held up,
+    and those whose time ends a little later are to be late as well by then.
+    """
+    return max(LOOK_S, min([SLICE_S, *(left for left in left_s if is_one_done and left > 0.0)]))
 
 
 def replaceable(index: int, experts: Collection[int], table: np.ndarray, unfit: Collection[int]) -> bool:

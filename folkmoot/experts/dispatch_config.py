@@ -40,6 +40,8 @@ class DispatchConfig:
     """a layer call with more tokens is split, so that a link's areas stay bounded"""
     expert_cost: int = 16
     """what visiting one more expert costs a host, in rows: its weights have to be read"""
+    far_cost: int = 16
+    """what asking a host of another node costs more than one of this node, in rows: near replicas are taken first"""
 
     @staticmethod
     def from_json(text: str) -> "DispatchConfig":

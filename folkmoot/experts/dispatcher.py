@@ -82,6 +82,7 @@ class Dispatcher:
         self._counters: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._calls, self._background = 0, set[int]()
         self._layer, self._is_abandoned = -1, False
+        self._in_call = False  # whether a forward pass may wait on a link; set under the lock
         self._feed: MapFeed | None = None
         if config.map_path is not None:
             self.use_map(read_map(config.map_path))
@@ -108,6 +109,8 @@ class Dispatcher:
             self._dead &= {(a.host, a.incarnation) for a in expert_map.hosts.values()}
             shape = self._shape
             missing = self._keep_links(expert_map) if shape is not None else []
+            if not self._in_call:
+                self._close_retired()
         if shape is not None:
             self._connect_all(missing, shape)
 
@@ -184,12 +187,15 @@ class Dispatcher:
         call = Call(self, layer, x, topk_weights, topk_ids)
         self.counts.calls += 1
         self.counts.rows += call.pairs
-        left = call.post()
-        shared_out = shared() if shared is not None else None
-        while left:
-            call.wait()
+        try:
             left = call.post()
-        return self._combine(call), shared_out
+            shared_out = shared() if shared is not None else None
+            while left:
+                call.wait()
+                left = call.post()
+            return self._combine(call), shared_out
+        finally:
+            self._in_call = False
 
     def _forward_split(
         self,
@@ -220,9 +226,14 @@ class Dispatcher:
                 began = time.monotonic()
                 self._changed.wait(SLICE_S)
                 waited.add(time.monotonic() - began)
-            while self._retired:
-                self._retired.pop().close()
+            self._close_retired()
+            self._in_call = True
             return self._routes
+
+    def _close_retired(self) -> None:
+        """Under the lock, by the thread of the forward pass or while there is none: it might be waiting on a link."""
+        while self._retired:
+            self._retired.pop().close()
 
     @property
     def _patience_s(self) -> float:
@@ -294,7 +305,7 @@ class Dispatcher:
         by_host = {link.address.host: link for link in live}
         self._generation += 1
         ordered = {host: by_host[host] for host in self._latest.hosts if host in by_host}
-        self._routes = routes_of(self._latest, self._generation, ordered)
+        self._routes = routes_of(self._latest, self._generation, ordered, self.config.far_cost)
         self._changed.notify_all()
 
     def _connect_all(self, addresses: list[HostAddress], shape: Shape) -> None:

@@ -168,6 +168,7 @@ struct call { /* native.Call: one layer's rows. Pairs are (token, slot) in row-m
     int64_t *served;       /* [experts]: rows so far */
     int32_t *scratch;      /* [experts * (1 + replicas)] */
     int64_t *cost;         /* [links] */
+    const int64_t *start;  /* [links]: what each costs before it has any row */
     uint64_t map_version;
     int64_t row_bytes;
     int32_t pairs, k, experts, replicas, links, expert_cost, layer, flags;
@@ -205,7 +206,7 @@ static int choose_replicas(struct call *c) {
     int32_t *count = c->scratch, *share = c->scratch + c->experts, largest = 0;
     memset(count, 0, sizeof(int32_t) * c->experts);
     memset(share, 0, sizeof(int32_t) * c->experts * c->replicas);
-    memset(c->cost, 0, sizeof(int64_t) * c->links);
+    memcpy(c->cost, c->start, sizeof(int64_t) * c->links);
     for (int p = 0; p < c->pairs; p++) {
         if (c->done[p]) continue;
         if (c->ids[p] < 0 || c->ids[p] >= c->experts) return INT32_MIN;
@@ -495,4 +496,10 @@ int fm_doubt(const struct call *c, uint8_t *doubtful, int dtype) {
         found += doubtful[p];
     }
     return found;
+}
+
+/* Of waiter, link, call and connection: native.py takes no library that was built from another version of this file. */
+void fm_sizes(int32_t *sizes) {
+    sizes[0] = sizeof(struct waiter), sizes[1] = sizeof(struct link);
+    sizes[2] = sizeof(struct call), sizes[3] = sizeof(struct connection);
 }

@@ -89,7 +89,7 @@ class HostSpec:
     """... where that differs: of each MoE layer a letter an expert (expert_choice.py)"""
     device: str = "cpu"
     threads: int = 1
-    yield_us: int = 40
+    yield_us: int = 100
     measures: bool = False
     """say how quick it is (host_speed.py)"""
     memory_fd: int | None = None
@@ -115,7 +115,7 @@ def main(spec: dict[str, Any], control: Control) -> None:
     slots = {n: len(experts) for n, experts in host.experts.items() if experts}
     load_s = time.monotonic() - began
     rows_s = host_speed.measure(hosted.layers, slots) if host.measures else {}
-    server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: _report(control, load))
+    server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: offer_load(control, load))
     address = server.listen()
     log.info(
         "host %s holds %d bytes of experts, %d of them shared, loaded in %.2f s",
@@ -186,8 +186,9 @@ def _load(host: HostSpec) -> "HostedExperts":
     )
 
 
-def _report(control: Control, load: Load) -> None:
-    control.send({"event": "load", **asdict(load)})
+def offer_load(control: Control, load: Load) -> bool:
+    """Tell the owner, and whether that went: one that does not read must hold up nobody's rows."""
+    return control.offer({"event": "load", **asdict(load)})
 
 
 class ExpertServer:
@@ -198,7 +199,7 @@ class ExpertServer:
         spec: HostSpec,
         kernels: Mapping[int, Kernel],
         slots: Mapping[int, int],
-        on_load: Callable[[Load], None] | None = None,
+        on_load: Callable[[Load], bool] | None = None,
     ) -> None:
         self.spec, self.kernels, self.slots = spec, kernels, slots
         self.load = Load.of(slots)
@@ -352,8 +353,8 @@ class ExpertServer:
     def _report(self) -> None:
         if self._on_load is None or self._is_told or time.monotonic() - self._reported_at < REPORT_EVERY_S:
             return
-        self._reported_at, self._is_told = time.monotonic(), True
-        self._on_load(self.load)
+        self._reported_at = time.monotonic()
+        self._is_told = self._on_load(self.load)
 
     def _refuse(self, connection: Areas, text: str) -> bool:
         log.warning("a request of engine %s is refused: %s", connection.hello.engine, text)

@@ -85,6 +85,7 @@ class Call(ctypes.Structure):
         ("served", c_void_p),
         ("scratch", c_void_p),
         ("cost", c_void_p),
+        ("start", c_void_p),
         ("map_version", c_uint64),
         ("row_bytes", c_int64),
         ("pairs", c_int32),
@@ -133,7 +134,19 @@ def _function(name: str, restype: Any, *argtypes: Any) -> Any:
     return function
 
 
+def _is_of_this_version(library: ctypes.CDLL) -> bool:
+    """Whether it was built from the hop.c that these structs belong to."""
+    structs = (Waiter, Link, Call, Connection)
+    sizes = (c_int32 * len(structs))()
+    if not hasattr(library, "fm_sizes"):
+        return False
+    library.fm_sizes(sizes)
+    return list(sizes) == [ctypes.sizeof(one) for one in structs]
+
+
 _library = _load()
+if not _is_of_this_version(_library):
+    raise ImportError("folkmoot.experts._hop was built from other sources than these: install Folkmoot again")
 
 wait = _function("fm_wait", c_int32, c_void_p, c_int32, c_int64, c_int64)
 begin = _function("fm_begin", c_int32, c_void_p, c_void_p)

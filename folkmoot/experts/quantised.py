@@ -28,7 +28,7 @@ ALIGN = 64
 
 
 class _Shape(ctypes.Structure):
-    """`struct shape` in quantised.c."""
+    """`struct shape` in quantised.h."""
 
     _fields_ = (("hidden", c_int32), ("intermediate", c_int32), ("activation", c_int32), ("has_bias", c_int32))
 

@@ -23,10 +23,12 @@ class Routes:
     """of the links' native structs, by index"""
     streams: tuple[int, ...]
     """indices of the links over TCP, whose requests have to be sent"""
+    starts: np.ndarray
+    """int64 [links]: what asking a host costs before it has any row"""
 
 
-def routes_of(expert_map: ExpertMap, generation: int, live: Mapping[str, Link]) -> Routes:
-    """The tables of `expert_map` restricted to hosts with a live link."""
+def routes_of(expert_map: ExpertMap, generation: int, live: Mapping[str, Link], far_cost: int) -> Routes:
+    """The tables of `expert_map` restricted to hosts with a live link. `far_cost`: what a host over TCP costs more."""
     index = {host: i for i, host in enumerate(live)}
     tables = {}
     for n, experts in expert_map.layers.items():
@@ -39,7 +41,8 @@ def routes_of(expert_map: ExpertMap, generation: int, live: Mapping[str, Link]) 
     pointers = (ctypes.c_void_p * len(live))(*(ctypes.addressof(link.raw) for link in live.values()))
     links = tuple(live.values())
     streams = tuple(i for i, link in enumerate(links) if not link.raw.page)
-    return Routes(expert_map, generation, links, tables, pointers, streams)
+    starts = np.array([0 if link.raw.page else far_cost for link in links], np.int64)
+    return Routes(expert_map, generation, links, tables, pointers, streams, starts)
 
 
 def without(routes: Routes, layer: int, avoid: Mapping[int, Collection[int]]) -> Routes:

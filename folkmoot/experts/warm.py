@@ -8,7 +8,7 @@ ways. End-of-file on it means that the owner is gone, and the child exits.
 
 The parent also keeps memory files (memfds) for its children: a request may name one, made at its first mention, and
 the child finds its descriptor as `memory_fd` in its spec. What lies there outlives the children that put it there, and
-is gone with the last process that holds it.
+this parent too (memory_files.py); it is gone with the last process that holds it.
 
 The parent must fork before any use of OpenMP or CUDA, so it only ever imports.
 """
@@ -34,6 +34,7 @@ from typing import Any
 
 from folkmoot import logs
 from folkmoot.experts.handshake import check_user
+from folkmoot.experts.memory_files import MemoryFiles
 from folkmoot.experts.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,11 @@ REQUEST_TIMEOUT_S = 5.0
 MAX_WAITING = 64
 
 OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "20000"}
-"""How long OpenMP's workers spin after a parallel region, where engines and hosts share cores: docs/performance.md."""
+"""How long OpenMP's workers spin after a parallel region, where an engine and its hosts share cores with nobody else:
+docs/performance.md."""
+
+SEVERAL_ENGINES: Mapping[str, str] = {"GOMP_SPINCOUNT": "0"}
+"""The same where several engines share them: who spins takes a core from another engine's attention."""
 
 
 class WarmParentError(RuntimeError):
@@ -59,6 +64,7 @@ class Control:
         self._sock = sock
         self._buffer = bytearray()
         self._send_lock = threading.Lock()
+        self._unsent = b""  # of a message that was offered
 
     def fileno(self) -> int:
         """The socket's file descriptor, for event loops."""
@@ -67,7 +73,34 @@ class Control:
     def send(self, message: dict[str, Any]) -> None:
         """Send one message. Raises OSError if the peer is gone."""
         with self._send_lock:
-            self._sock.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+            data, self._unsent = self._unsent + _line(message), b""
+            self._sock.sendall(data)
+
+    def offer(self, message: dict[str, Any]) -> bool:
+        """Send one message unless that would wait, for another thread or a peer that does not read; whether it went.
+
+        For who must not be held up by a peer that stalls. Raises OSError if the peer is gone.
+        """
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            self._push()
+            if self._unsent:
+                return False
+            self._unsent = line = _line(message)
+            self._push()
+            if self._unsent == line:
+                self._unsent = b""
+                return False
+            return True
+        finally:
+            self._send_lock.release()
+
+    def _push(self) -> None:
+        """Under the lock: send as much of what is unsent as goes without waiting."""
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self._sock.send(self._unsent, socket.MSG_DONTWAIT) :]
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any] | None:
         """The next message, or None once `timeout_s` has passed. Raises EOFError if the peer is gone, WarmParentError
@@ -114,6 +147,10 @@ class Control:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 @dataclass
@@ -281,7 +318,7 @@ def serve_forks(socket_path: Path, owner: Any = None, on_listening: Callable[[],
     owners = [] if owner is None else [owner]
     not_for_child = [listener, *(o for o in owners if o.fileno() > 2)]  # standard streams are replaced there
     waiting: dict[Control, float] = {}  # who has not said yet what it wants, and until when it may
-    memory: dict[str, int] = {}
+    memory = MemoryFiles(socket_path)
     try:
         while True:
             ready = select.select([listener, *owners, *waiting], [], [], 1.0 if waiting else None)[0]
@@ -316,11 +353,11 @@ def _oldest_of_many(waiting: Mapping[Control, float]) -> Control | None:
     return next(iter(waiting)) if len(waiting) > MAX_WAITING else None
 
 
-def _answer(control: Control, not_for_child: Iterable[Any], memory: dict[str, int]) -> bool:
+def _answer(control: Control, not_for_child: Iterable[Any], memory: MemoryFiles) -> bool:
     """Read what has come of a request, and fork once it is whole; whether this connection is done with.
 
-    A connection that closes without a request is a probe. A child closes `not_for_child`, but for its own. `memory` has
-    the descriptors of the memory files by name; a new name is added.
+    A connection that closes without a request is a probe. A child closes `not_for_child`, but for its own, and of
+    `memory` what it has not asked for.
     """
     try:
         request = control.receive(0.0)
@@ -328,9 +365,7 @@ def _answer(control: Control, not_for_child: Iterable[Any], memory: dict[str, in
             return False
         entry, spec, log_path = str(request["entry"]), dict(request["spec"]), str(request["log"])
         if (name := request.get("memory")) is not None:
-            if name not in memory:
-                memory[name] = os.memfd_create("folkmoot-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            spec["memory_fd"] = memory[name]
+            spec["memory_fd"] = memory.descriptor(name)
     except EOFError:
         return True
     except (KeyError, TypeError, ValueError, WarmParentError, OSError) as e:
@@ -345,8 +380,7 @@ def _answer(control: Control, not_for_child: Iterable[Any], memory: dict[str, in
     for other in not_for_child:
         if other is not control:
             os.close(other.fileno())
-    for other_name in set(memory) - {name}:
-        os.close(memory[other_name])
+    memory.keep_only(name)
     _run_child(entry, spec, log_path, control)
     return True
 

@@ -51,7 +51,7 @@ HELP = {
     "metrics_dir": "folder in which the processes of a node share one such address; `folkmoot up` gives it",
     "shutdown_s": "how long streams may finish on SIGTERM",
     "lease_s": "an engine that is silent for so long loses its requests (alike in gateways and engines)",
-    "max_attempts": "leases of one request before it is given up (alike in gateways and engines)",
+    "max_attempts": "a request is given up after so many attempts without a token (alike in gateways and engines)",
     "retention_s": "how long a finished answer can be read again",
     "max_waiting_requests": "queue limit per model and lane",
     "max_waiting_tokens": "queue limit per model and lane, in estimated tokens",

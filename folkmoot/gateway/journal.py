@@ -30,6 +30,8 @@ class Stream:
         self.position = offset  # index of the next token
         self.ended = False
         self.live = False  # the store knows the request
+        self.reading = False  # its journal, from `position` on
+        self.missed = False  # something was pushed that does not follow on, since its journal was last asked for
         self._prompt_tokens = 0
         self._reader = reader
         self._pieces: deque[pb.GenerateResponse] = deque()
@@ -118,7 +120,7 @@ class JournalReader:
         """A stream of a request that exists. Raises UnknownRequest, StoreError."""
         stream = self.open(request_id, offset)
         try:
-            await self._catch_up(request_id, [stream])
+            await self._catch_up(stream)
         except BaseException:
             stream.close()
             raise
@@ -149,9 +151,9 @@ class JournalReader:
             if end < 0:
                 for stream in streams:
                     stream.fail(UnknownRequest(request_id))
-            behind = [one for one in streams if one.position < end or (done and not one.ended)]
-            if behind and end >= 0:
-                await self._catch_up(request_id, behind)
+            for stream in list(streams):
+                if end >= 0 and (stream.position < end or (done and not stream.ended)) and not stream.reading:
+                    await self._catch_up(stream)
 
     def _pushed(self, channel: str, payload: bytes) -> None:
         for event in journal_pb2.Batch.FromString(payload).events:
@@ -159,28 +161,38 @@ class JournalReader:
             if streams is None:
                 continue
             shared = len(streams) > 1
-            behind = [s for s in streams if not s.feed(_copy(event.response) if shared else event.response)]
-            if behind:
-                asyncio.get_running_loop().create_task(self._catch_up_quietly(event.request_id, behind))
-
-    async def _catch_up(self, request_id: str, streams: Iterable[Stream]) -> None:
-        streams = list(streams)
-        offset = min(stream.position for stream in streams)
-        payloads = await self._queue.store.run("follow", self.gateway, request_id, offset)
-        if payloads is None:
-            raise UnknownRequest(request_id)
-        for stream in streams:
-            for payload in payloads:
-                stream.feed(pb.GenerateResponse.FromString(payload))
-
-    async def _catch_up_quietly(self, request_id: str, streams: Iterable[Stream]) -> None:
-        try:
-            await self._catch_up(request_id, streams)
-        except UnknownRequest as e:
             for stream in streams:
-                stream.fail(e)
+                if not stream.feed(_copy(event.response) if shared else event.response):
+                    self._catch_up_soon(stream)
+
+    def _catch_up_soon(self, stream: Stream) -> None:
+        """Not once for each piece after a gap: they are many where a stream is new, or the store was away."""
+        stream.missed = True
+        if not stream.reading:
+            stream.reading = True
+            asyncio.get_running_loop().create_task(self._catch_up_quietly(stream))
+
+    async def _catch_up(self, stream: Stream) -> None:
+        """Read its journal, again where more was pushed meanwhile than fitted. Raises UnknownRequest, StoreError."""
+        stream.reading = stream.missed = True
+        try:
+            while stream.missed:
+                stream.missed = False
+                ask = ("follow", self.gateway, stream.request_id, stream.position)
+                if (payloads := await self._queue.store.run(*ask)) is None:
+                    raise UnknownRequest(stream.request_id)
+                for payload in payloads:
+                    stream.feed(pb.GenerateResponse.FromString(payload))
+        finally:
+            stream.reading = False
+
+    async def _catch_up_quietly(self, stream: Stream) -> None:
+        try:
+            await self._catch_up(stream)
+        except UnknownRequest as e:
+            stream.fail(e)
         except StoreError as e:
-            log.warning("streams of %s wait for the store: %s", request_id, e)
+            log.warning("a stream of %s waits for the store: %s", stream.request_id, e)
 
     async def _catch_up_all(self) -> None:
         await self.attend([i for i, streams in self._streams.items() if any(s.live for s in streams)])

@@ -4,7 +4,7 @@ from folkmoot.gateway.access_scripts import LIMITS
 from folkmoot.gateway.layout import CHECK_LAYOUT
 from folkmoot.gateway.shares import SHARES
 
-# Request hash: model lane tenant body digest cost answer weight state epoch attempts engine entry next submitted
+# Request hash: model lane tenant body digest cost answer weight state epoch attempts tries engine entry next submitted
 #               deadline queue_deadline grace attended retention watchers error token_ms trace
 PRELUDE = (
     """
@@ -55,16 +55,17 @@ local function flush()
   end
 end
 
-local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'weight', 'state', 'epoch', 'attempts', 'engine', 'entry',
-                'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers', 'token_ms'}
-local NUMBERS = {'cost', 'answer', 'weight', 'epoch', 'attempts', 'next', 'deadline', 'queue_deadline', 'grace',
-                 'attended', 'retention', 'token_ms'}
+local FIELDS = {'model', 'lane', 'tenant', 'cost', 'answer', 'weight', 'state', 'epoch', 'attempts', 'tries', 'engine',
+                'entry', 'next', 'deadline', 'queue_deadline', 'grace', 'attended', 'retention', 'watchers', 'token_ms'}
+local NUMBERS = {'cost', 'answer', 'weight', 'epoch', 'attempts', 'tries', 'next', 'deadline', 'queue_deadline',
+                 'grace', 'attended', 'retention', 'token_ms'}
 local function read(id)
   local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
   if not values[1] then return nil end
   local r = {}
   for i, name in ipairs(FIELDS) do r[name] = values[i] end
   for _, name in ipairs(NUMBERS) do r[name] = tonumber(r[name]) end
+  r.tries = r.tries or r.attempts -- a record of a version without
   return r
 end
 
@@ -122,22 +123,30 @@ local function bury(id, r, message)
   close(id, r, r.next, finish(r.next, ERROR, 13, message), 0)
 end
 
--- A request on its last attempt may be the one that kills engines.
-local function is_last_attempt(r, max_attempts) return r.attempts > 0 and r.attempts == max_attempts - 1 end
+-- `tries` are the attempts since the last token was journalled: an answer that grows outlives engines, but not any
+-- number (IN_ALL), since it may be what kills them.
+local IN_ALL = 2
+local function is_given_up(r, max_attempts) return r.tries >= max_attempts or r.attempts >= IN_ALL * max_attempts end
+-- Such a request may be the one that kills engines: see LEASE. It has two trials, where it may have four attempts:
+-- one engine may have died of something else.
+local function is_last_attempt(r, max_attempts)
+  local first = math.min(max_attempts - 1, math.max(2, max_attempts - 2))
+  return (r.tries > 0 and r.tries >= first) or r.attempts == IN_ALL * max_attempts - 1
+end
 
 -- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
 -- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
 local woken = {}
 local function hand_back(id, r, max_attempts, message)
-  if message ~= '' and r.attempts >= max_attempts then
+  if message ~= '' and is_given_up(r, max_attempts) then
     bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. message)
     return 'buried'
   end
   move(r, 'running', 'waiting')
   free(id, r)
-  if message == '' then r.attempts = r.attempts - 1 end
+  if message == '' then r.attempts, r.tries = r.attempts - 1, math.max(0, r.tries - 1) end
   r.state = 'queued'
-  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', r.attempts, 'error', message)
+  redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', r.attempts, 'tries', r.tries, 'error', message)
   line_up_again(r, is_last_attempt(r, max_attempts))
   rank(r)
   woken[r.model] = true

@@ -34,7 +34,7 @@ class QueueSettings:
     """What gateways and engines of one deployment must agree on."""
 
     lease_s: float = 2.0  # an engine that does not renew for so long loses its requests
-    max_attempts: int = 3  # leases of one request before it goes to the dead-letter stream
+    max_attempts: int = 4  # in a row without a token, or twice as many in all: a dead letter
     retention_s: float = 600.0  # a finished journal can be read for so long
     max_waiting_requests: int = 1024  # per model and lane
     max_waiting_tokens: int = 4_000_000  # per model and lane, prompt and answer, estimated

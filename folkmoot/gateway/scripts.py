@@ -67,7 +67,7 @@ for i = 2, #ARGV, 17 do
       r.entry = redis.call('XADD', queue_key(model, lane), '*', 'id', id, 'cost', cost, 'tenant', tenant)
       redis.call('HSET', key, 'model', model, 'lane', lane, 'tenant', tenant, 'digest', digest, 'body', body,
                  'cost', cost, 'answer', answer, 'weight', weight, 'state', 'queued', 'epoch', 0, 'attempts', 0,
-                 'engine', '', 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
+                 'tries', 0, 'engine', '', 'entry', r.entry, 'next', 0, 'submitted', now, 'deadline', r.deadline,
                  'queue_deadline', lane == 'batch' and r.deadline or now + queueing, 'grace', grace,
                  'attended', now + grace, 'retention', retention, 'watchers', gateway,
                  'token_ms', charge_minutes(r, limits))
@@ -99,13 +99,23 @@ local max_attempts, idle_ms = tonumber(ARGV[7]), tonumber(ARGV[8])
 local out = {}
 if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
--- An engine runs one request at a time that is on its last attempt, so that the one that kills engines takes no other
--- into the dead letters with it.
+-- A request on its last attempts is on trial: if its engine dies, it was the cause. So until it has journalled
+-- something, no other that has not is in the same engine; else what kills engines would take others along into the
+-- dead letters.
 local trial_key = root .. ':trial:' .. engine
+local function is_suspect(r)
+  if not r or r.state ~= 'running' or r.engine ~= engine or r.tries == 0 then return false end
+  return tonumber(redis.call('ZSCORE', lane_key('leases', r), r.entry) or 0) > now - idle_ms
+end
 local function on_trial()
   local id = redis.call('GET', trial_key)
-  local r = id and read(id)
-  return r and r.state == 'running' and r.engine == engine
+  return id and is_suspect(read(id))
+end
+local function has_suspects()
+  for _, id in ipairs(redis.call('SMEMBERS', held_key(engine))) do
+    if is_suspect(read(id)) then return true end
+  end
+  return false
 end
 
 local function take(id, r)
@@ -114,12 +124,14 @@ local function take(id, r)
   free(id, r)
   if r.epoch == 0 then leave_waiting(r) else tally(r, 'leased_again') end
   if r.state == 'running' then tally(r, 'leases_expired') end
-  r.state, r.epoch, r.attempts, r.engine = 'running', r.epoch + 1, r.attempts + 1, engine
+  r.state, r.epoch, r.engine = 'running', r.epoch + 1, engine
+  r.attempts, r.tries = r.attempts + 1, r.tries + 1
   rank(r)
   hold(r)
   redis.call('SADD', held_key(engine), id)
   local key = request_key(id)
-  redis.call('HSET', key, 'state', 'running', 'epoch', r.epoch, 'attempts', r.attempts, 'engine', engine)
+  redis.call('HSET', key, 'state', 'running', 'epoch', r.epoch, 'attempts', r.attempts, 'tries', r.tries,
+             'engine', engine)
   local rest = redis.call('HMGET', key, 'body', 'submitted', 'trace')
   local payloads = {}
   if r.next > 0 then
@@ -132,7 +144,7 @@ local function take(id, r)
 end
 
 -- One entry that nobody holds now. Its record may be gone: then only the line and the counters are put right.
-local function consider(found)
+local function consider(found, may_try)
   local item = redis.call('XRANGE', queue_key(model, found.lane), found.entry, found.entry)[1]
   local id = item and item[2][2]
   local r = id and read(id)
@@ -147,11 +159,11 @@ local function consider(found)
       leave_line(found)
     end
   elseif not over(id, r) then
-    if r.attempts >= max_attempts then
+    if is_given_up(r, max_attempts) then
       local last = redis.call('HGET', request_key(id), 'error')
       if not last or last == '' then last = 'the engine was lost' end
       bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. last)
-    elseif is_last_attempt(r, max_attempts) and on_trial() then
+    elseif is_last_attempt(r, max_attempts) and not may_try then
       line_up_again(r, true)
     else
       take(id, r)
@@ -170,8 +182,6 @@ local function next_of(lane)
       found.entry, found.state = idle[1], idle[2] == '0' and 'waiting' or 'running'
       return found
     end
-    found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
-    if found.entry and not on_trial() then return found end
     is_empty[lane] = true
   end
   found.tenant = redis.call('ZRANGE', lane_key('turns', found), 0, 0)[1]
@@ -182,12 +192,35 @@ end
 local function has_room(lane)
   return room > 0 and token_room > 0 and (lane == 'interactive' or (batch_room > 0 and batch_token_room > 0))
 end
-for _, lane in ipairs({'interactive', 'batch'}) do
-  while has_room(lane) do
-    local found = next_of(lane)
-    if not found then break end
-    consider(found)
+
+-- One request on its last attempts. Returns whether nothing else is to be leased now: it was, or waits for suspects.
+local function take_trial()
+  for _, lane in ipairs({'interactive', 'batch'}) do
+    while has_room(lane) do
+      local found = {model = model, lane = lane, state = 'waiting', tenant = ''}
+      found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
+      if not found.entry then break end
+      if has_suspects() then return true end
+      consider(found, true)
+      if #out > 0 then return true end
+    end
   end
+  return false
+end
+
+local function take_others()
+  for _, lane in ipairs({'interactive', 'batch'}) do
+    while has_room(lane) do
+      local found = next_of(lane)
+      if not found then break end
+      consider(found, false)
+    end
+  end
+end
+
+if not on_trial() and not take_trial() then
+  take_others()
+  if #out == 0 then take_trial() end
 end
 flush()
 return out
@@ -247,7 +280,10 @@ for i = 1, #ARGV, 7 do
   else
     journal(id, r, offset, payload)
     if offset == 0 then redis.call('PEXPIREAT', journal_key(id), r.deadline + r.retention) end
-    redis.call('HSET', request_key(id), 'next', offset + size)
+    redis.call('HSET', request_key(id), 'next', offset + size, 'tries', 0)
+    if r.tries > 0 and redis.call('EXISTS', lane_key('last', r)) == 1 then -- one suspect less: the next trial may begin
+      redis.call('PUBLISH', root .. ':work:' .. r.model, '')
+    end
     out[#out + 1] = 'ok'
   end
 end

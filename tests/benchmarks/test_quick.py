@@ -35,6 +35,7 @@ KEYS = {
         *("over_transformers_best", "over_transformers_worst", "over_vllm", "over_vllm_int8", "itl_p99_over_p50"),
         "over_transformers_tiny_bs4",
     },
+    "idle": {"idle_own_percent", "idle_core_percent", "idle_ray_percent"},
     "autoscale": {
         *("deadline_misses", "engine_hours_over_oracle", "engine_hours_over_fixed_fleet", "leased_work_killed"),
         *("tokens_different", "from_zero_first_token_s"),

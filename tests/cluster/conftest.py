@@ -70,9 +70,9 @@ class Cluster:
     """more of its environment"""
 
     def command(self, *arguments: str) -> list[str]:
-        """A `folkmoot` command for this cluster."""
+        """A `folkmoot` command for this cluster; its name first, as "up" or "keys create"."""
         return [
-            sys.executable, "-m", "folkmoot.cluster.cli", arguments[0],
+            sys.executable, "-m", "folkmoot.cluster.cli", *arguments[0].split(),
             "--state-dir", str(self.state_dir), "--name", self.name, *arguments[1:],
         ]  # fmt: skip
 
@@ -140,8 +140,10 @@ def running(state_dir: Path, *arguments: str, **variables: str) -> Iterator[Clus
     """A cluster that is up while the context is open; asserts at its end that no process is left."""
     cluster = Cluster(state_dir, secrets.token_hex(4), variables=variables)
     cluster.up(*arguments)
-    yield cluster
-    cluster.down()
+    try:
+        yield cluster
+    finally:
+        cluster.down()
     shutil.rmtree(temp_of(cluster.marker))
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from folkmoot.cluster import bench, cli_up, status_view
 from folkmoot.cluster.cli import main
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
-from folkmoot.cluster.up_options import StartError, UpOptions, num_hosts_and_replicas
+from folkmoot.cluster.up_options import StartError, UpOptions, num_hosts_and_replicas, openmp_of
 from folkmoot.gateway.api_keys import KEY
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of
@@ -112,6 +112,12 @@ def test_replicas_that_cost_no_memory_are_the_default(options: dict[str, Any], e
 def test_weights_are_not_shared_on_a_gpu() -> None:
     with pytest.raises(StartError, match="needs --device cpu, not cuda"):
         num_hosts_and_replicas(UpOptions("model", device="cuda", share_weights=True), num_experts=8)
+
+
+def test_openmps_workers_spin_only_where_there_is_one_engine() -> None:
+    assert int(openmp_of(UpOptions("model"))["GOMP_SPINCOUNT"]) > 0
+    for several in (UpOptions("model", engines=2), UpOptions("model", engines=1, most_engines=3)):
+        assert openmp_of(several) == {"GOMP_SPINCOUNT": "0"}
 
 
 def test_a_dense_model_has_no_hosts() -> None:

@@ -21,12 +21,11 @@ def test_growth_is_of_what_happened_meanwhile() -> None:
     assert grown(now, now)["folkmoot.dispatch.hosts"] == 0
 
 
-async def test_it_looks_while_there_is_something_to_see() -> None:
-    """Also once more after the last request has ended, so that the next one is not blamed for its last steps."""
+async def test_it_looks_while_somebody_watches() -> None:
     trace, seen = DispatchTrace(), list[int]()
 
     def look() -> dict[str, Any]:
-        seen.append(min(len(seen) + 1, 3))
+        seen.append(len(seen) + 1)
         return counts(seen[-1], 10 * seen[-1])
 
     async def looked(times: int) -> None:
@@ -34,11 +33,23 @@ async def test_it_looks_while_there_is_something_to_see() -> None:
             while len(seen) < times:
                 await asyncio.sleep(0.005)
 
-    told = trace.of_request()
-    following = asyncio.create_task(trace.follow(look, lambda: len(seen) < 2))
-    await looked(4)  # two while busy, the third brings news, the fourth none
+    following = asyncio.create_task(trace.follow(look))
+    with trace.watched(False) as unwanted:
+        await asyncio.sleep(2 * LOOK_EVERY_S)
+        assert not seen and unwanted.attributes() == {}
+    with trace.watched(True) as first:
+        await looked(2)
+        with trace.watched(True) as second:
+            begun = len(seen)
+            await looked(begun + 2)
+            assert second.before["calls"] > first.before["calls"] == 1, "each from its own first look on"
+        assert second.attributes()["folkmoot.dispatch.rows"] >= 10
+        await looked(len(seen) + 1)
+    last = len(seen)
     await asyncio.sleep(4 * LOOK_EVERY_S)
-    assert seen == [1, 2, 3, 3], "nobody looks while nothing changes"
-    assert told()["folkmoot.dispatch.rows"] == 30
-    assert trace.of_request()()["folkmoot.dispatch.rows"] == 0
+    assert len(seen) <= last + 1, "nobody looks while nobody watches"
+    assert first.attributes()["folkmoot.dispatch.calls"] in (last - 1, last)
+    with trace.watched(True) as third:
+        await looked(last + 2)
+        assert third.before["calls"] > first.now["calls"], "not what was seen long ago"
     following.cancel()

@@ -1,39 +1,26 @@
-"""Two nodes: a real Ray cluster over two network namespaces, joined by a veth pair, each with processes, shared memory
-and temporary files of its own. The link is taken down, or everything of one node killed, in the middle of an answer.
-
-Needs root, `unshare`, `nsenter` and `ip`. A node's first process is the init of its pid namespace: when that is killed
-everything of the node is, and with the last process go namespaces, mounts and links.
+"""A real Ray cluster over two network namespaces. The link is taken down, or everything of one node killed, in the
+middle of an answer.
 """
 
 import json
-import os
-import secrets
-import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import netns
+from benchmarks.netns import Node, link_up, ray_start
 from folkmoot.experts import secret
 from tests.cluster.conftest import FLOAT32, eventually
 
 pytestmark = pytest.mark.slow
 
-INIT = """
-set -e
-mount -t tmpfs none /dev/shm
-mount --bind "$1" "$2"
-ip link set lo up
-echo ready
-exec sleep 100000
-"""
 CLIENT = """
 import json, sys, time
 from folkmoot.gateway.client import Client
@@ -54,128 +41,19 @@ HEAD = "10.77.0.1:6379"
 MAX_TOKENS = 240
 
 
-@dataclass
-class Node:
-    """One node. `private` is what it sees at `temp`."""
-
-    ip: str
-    private: Path
-    temp: Path
-    init: "subprocess.Popen[str]"
-    environment: dict[str, str]
-    pid: int
-
-    def start(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
-        """Start a command in here."""
-        enter = ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "--", *command]
-        return subprocess.Popen(enter, env=self.environment, stdout=subprocess.PIPE, text=True, **options)
-
-    def run(self, *command: str, timeout_s: float = 120.0) -> str:
-        """Run a command in here; what it printed."""
-        with self.start(*command, stderr=subprocess.STDOUT) as process:
-            out, _ = process.communicate(timeout=timeout_s)
-        assert process.returncode == 0, f"{command}: {out}"
-        return out
-
-    def python(self, code: str, *arguments: str) -> str:
-        return self.run(sys.executable, "-c", code, *arguments)
-
-    def kill(self) -> None:
-        """SIGKILL to everything in here, by way of its init."""
-        os.kill(self.pid, 9)
-        self.init.wait(20)
-
-
-def why_not() -> str | None:
-    """What keeps this machine from having two nodes; None: nothing."""
-    missing = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed"
-    tried = subprocess.run(["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"namespaces are not permitted: {tried.stderr.strip()}"
-    pair = ["unshare", "-n", "ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"]
-    tried = subprocess.run(pair, capture_output=True, text=True, check=False)
-    return f"veth pairs are not permitted: {tried.stderr.strip()}" if tried.returncode else None
-
-
-def make_node(number: int, folder: Path, temp: Path, token: str) -> Node:
-    private = folder / f"node-{number}"
-    private.mkdir()
-    environment = {
-        **os.environ, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temp),
-    }  # fmt: skip
-    command = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child", "sh", "-c", INIT, "init"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    init = subprocess.Popen([*command, str(private), str(temp)], text=True, **streams)
-    assert init.stdout is not None and init.stdout.readline() == "ready\n"
-    children = Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()
-    return Node(f"10.77.0.{number}", private, temp, init, environment, int(children[0]))
-
-
-def join(one: Node, two: Node) -> None:
-    """A veth pair that only ever exists inside."""
-    enter = ["nsenter", "-t", str(one.pid), "-n"]
-    pair = ["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", str(two.pid)]
-    subprocess.run([*enter, *pair], check=True)
-    for node in (one, two):
-        # On the loopback too: with one end of the pair the other one vanishes, and a node keeps its address.
-        node.run("ip", "address", "add", f"{node.ip}/32", "dev", "lo")
-        node.run("ip", "address", "add", f"{node.ip}/24", "dev", "veth0")
-        link_up(node)
-
-
-def link_up(node: Node) -> None:
-    node.run("ip", "link", "set", "veth0", "up")
-    node.run("ip", "route", "add", "default", "dev", "veth0")  # Ray finds out its own address by it
-
-
-def ray_start(node: Node, *arguments: str) -> None:
-    options = ["--node-ip-address", node.ip, "--object-store-memory", str(80 << 20), "--disable-usage-stats"]
-    node.run(str(Path(sys.executable).with_name("ray")), "start", *arguments, *options)
-
-
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
-    """Joined by a link; at the end none of their processes is left."""
-    if (reason := why_not()) is not None:
+    """Skips where this machine cannot have them."""
+    if (reason := netns.why_not()) is not None:
         pytest.skip(f"two nodes need network namespaces: {reason}")
-    temp = Path(f"/tmp/fn-{secrets.token_hex(4)}")
-    temp.mkdir()
-    made: list[Node] = []
-    try:
-        token = secrets.token_hex(32)
-        for number in (1, 2):
-            made.append(make_node(number, folder, temp, token))
-        join(*made)
-        yield made[0], made[1]
-    finally:
-        for node in made:
-            if node.init.poll() is None:
-                node.kill()
-        temp.rmdir()  # nothing was ever written there: each node had its own in its place
-        assert [pid for pid in members(made) if Path(f"/proc/{pid}").exists()] == []
+    with netns.two_nodes(folder) as nodes:
+        yield nodes
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     with two_nodes(tmp_path) as nodes:
         yield nodes
-
-
-def members(made: list[Node]) -> list[int]:
-    """Processes in any of the nodes' namespaces."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if any(f"TMPDIR={node.temp}".encode() in command.split(b"\0") for node in made):
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.fixture(scope="module")

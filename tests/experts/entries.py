@@ -1,5 +1,6 @@
 """Entry points that test_warm.py has forked."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ def sleep(spec: dict[str, Any], control: Control) -> None:
     """Busy elsewhere: only the watching thread can see that the owner is gone."""
     exit_with_owner(control)
     control.send({"event": "ready"})
+    time.sleep(600)
+
+
+def remember(spec: dict[str, Any], control: Control) -> None:
+    """Say what the memory file holds, and write the spec's text into it."""
+    exit_with_owner(control)
+    held = os.pread(spec["memory_fd"], 100, 0).decode()
+    os.pwrite(spec["memory_fd"], spec["text"].encode(), 0)
+    control.send({"held": held})
     time.sleep(600)
 
 

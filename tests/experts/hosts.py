@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from folkmoot.experts import expert_map as em
+from folkmoot.experts import host as host_module
 from folkmoot.experts import secret, warm, wire
 from folkmoot.experts.connections import TcpConnection
 from folkmoot.experts.expert_map import ExpertMap, HostAddress
@@ -41,6 +42,7 @@ def main(spec: dict[str, Any], control: Control) -> None:
     """Entry point in the forked process."""
     torch.set_num_threads(1)
     stall_s, liar = float(spec.pop("stall_s")), spec.pop("liar")
+    host_module.REPORT_EVERY_S = spec.pop("report_every_s")
     if spec.pop("half_replies"):
         TcpConnection.run = _run_half
     host = HostSpec.from_dict(spec)
@@ -59,7 +61,7 @@ def main(spec: dict[str, Any], control: Control) -> None:
 
     kernels = {n: kernel_of(n, es) for n, es in host.experts.items()}
     slots = {n: len(es) for n, es in host.experts.items()}
-    server = ExpertServer(host, kernels, slots, lambda load: control.send({"event": "load", **asdict(load)}))
+    server = ExpertServer(host, kernels, slots, lambda load: host_module.offer_load(control, load))
     address = server.listen()
     exit_with_owner(control)
     control.send({"event": "ready", "address": asdict(address)})
@@ -100,6 +102,7 @@ class Hosts:
         stall_s: float = 0.0,
         half_replies: bool = False,
         liar: int | None = None,
+        report_every_s: float = host_module.REPORT_EVERY_S,
     ) -> warm.Child:
         """Start one host and add it to the map."""
         spec = {
@@ -113,6 +116,7 @@ class Hosts:
             "stall_s": stall_s,
             "half_replies": half_replies,
             "liar": liar,
+            "report_every_s": report_every_s,
         }
         child = self.parent.spawn("tests.experts.hosts:main", spec, self.directory / f"{name}.log")
         ready = child.receive(20.0)

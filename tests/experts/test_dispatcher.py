@@ -4,11 +4,13 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from folkmoot.experts import expert_map as em
 from folkmoot.experts.dispatch_config import DispatchConfig, DispatchError
 from folkmoot.experts.dispatcher import Dispatcher
 from folkmoot.experts.expert_map import NoReplicaError
@@ -109,6 +111,32 @@ def test_stalled_host_is_replaced_after_its_deadline(hosts: Hosts, transport: st
     assert torch.equal(d.forward(0, x, w, ids)[0], expected(0, x, w, ids))
     assert time.monotonic() - began > 0.29
     assert torch.equal(d.forward(3, x, w, ids)[0], expected(3, x, w, ids))  # and it is not asked again
+    d.close()
+
+
+def links_here() -> int:
+    """Segments that this process shares with hosts."""
+    return sum("memfd:folkmoot-link" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_an_idle_engine_lets_go_of_a_host_that_has_left_the_map(hosts: Hosts) -> None:
+    """Without another call; during one its thread does, once it does not wait on that host."""
+    hosts.start("a", hosts.all_layers(range(8)))
+    leaving = hosts.start("b", hosts.all_layers(range(8)), stall_s=0.5)
+    d = dispatcher(hosts, transport="shm")
+    x, w, ids = batch(16, 2)
+    d.forward(0, x, w, ids)
+    both, without = links_here(), em.remove_host(hosts.map, "b")
+    leave = threading.Timer(0.2, d.use_map, (without,))
+    leave.start()
+    assert torch.equal(d.forward(0, x, w, ids)[0], expected(0, x, w, ids))
+    leave.join()
+    assert d.rows_served["b"] > 16, "it was waited for, although it had left"
+    d.use_map(replace(without, version=without.version + 1))
+    assert links_here() == both - 1
+    d.use_map(em.remove_host(replace(without, version=without.version + 1), "a"))
+    assert links_here() == both - 2
+    leaving.kill()
     d.close()
 
 

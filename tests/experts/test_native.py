@@ -4,6 +4,7 @@ import ctypes
 import os
 import socket
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ class Hop:
 
     def __init__(
         self, x: np.ndarray, ids: np.ndarray, table: np.ndarray, links: int, weights: np.ndarray | None = None,
-        flags: int = 0, expert_cost: int = 4,
+        flags: int = 0, expert_cost: int = 4, start: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.x, self.ids, self.table = x, np.ascontiguousarray(ids, np.int32), np.ascontiguousarray(table, np.int32)
         self.tokens, self.k = ids.shape
@@ -29,8 +30,10 @@ class Hop:
         self.host, self.row = np.zeros(pairs, np.int32), np.zeros(pairs, np.int32)
         self.factors, self.served = np.zeros(pairs, np.float32), np.zeros(experts, np.int64)
         self.scratch, self.cost = np.zeros(experts * (1 + replicas), np.int32), np.zeros(links, np.int64)
+        self.start = np.array(start or [0] * links, np.int64)
         columns = {name: getattr(self, name).ctypes.data for name in (
-            "x", "ids", "weights", "table", "done", "host", "row", "rows", "factors", "served", "scratch", "cost"
+            "x", "ids", "weights", "table", "done", "host", "row", "rows", "factors", "served", "scratch", "cost",
+            "start",
         )}  # fmt: skip
         self.row_bytes = x.shape[1] * x.itemsize
         self.call = native.Call(
@@ -168,6 +171,15 @@ def test_a_busy_host_gets_fewer_of_a_hot_experts_rows() -> None:
     assert [link.rows for link in hop.links] == [40, 40]
 
 
+@pytest.mark.parametrize(("far", "expected"), [(0, [4, 4]), (40, [5, 3]), (1000, [8, 0])])
+def test_near_replicas_are_taken_first(far: int, expected: list[int]) -> None:
+    """The other host begins at a cost, and takes part where the near one would be busier than that."""
+    table = np.array([[[0, e], [1, e]] for e in range(8)], np.int32)
+    hop = Hop(np.zeros((8, 3), np.float32), np.arange(8)[:, None], table, 2, expert_cost=16, start=(0, far))
+    assert hop.begin() == 0
+    assert [link.rows for link in hop.links] == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [{"seq": 9}, {"layer": 3}, {"kind": 3}, {"map_version": 6}, {"engine_incarnation": 1}, {"host_incarnation": 1},
@@ -300,3 +312,15 @@ def test_a_sleeper_is_rung() -> None:
     assert time.monotonic() - began < 5
     ours.close()
     theirs.close()
+
+
+def test_a_library_of_another_version_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other structs it would write wherever it likes."""
+    assert native._is_of_this_version(native._library)
+
+    class Longer(native.Call):
+        _fields_ = (("more", ctypes.c_void_p),)
+
+    monkeypatch.setattr(native, "Call", Longer)
+    assert not native._is_of_this_version(native._library)
+    assert not native._is_of_this_version(ctypes.CDLL(None)), "one without the question"

@@ -36,6 +36,22 @@ def is_stopped(child: warm.Child) -> bool:
         return f.read().rpartition(")")[2].split()[0] == "T"
 
 
+def test_an_owner_that_does_not_read_holds_no_host_up(hosts: Hosts) -> None:
+    """As an expert actor that is stopped: what its host reports fills the channel, and the host goes on answering."""
+    host = hosts.start("a", hosts.all_layers(range(8)), report_every_s=0.0)
+    d = dispatcher(hosts)
+    calls = 4000
+    for _ in range(calls):
+        forward(d, seed=0, tokens=1)
+    d.close()
+    reports = []
+    while (report := host.receive(1.5)) is not None:
+        reports.append(report["requests"])
+    assert 100 < len(reports) < calls, "the channel was full"
+    assert reports == sorted(reports)
+    assert reports[-1] == calls, "the last one is said again once there is room"
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_stopped_host_costs_its_deadline_and_late_rows_change_nothing(
     hosts: Hosts, transport: str, capsys: pytest.CaptureFixture[str]
@@ -185,6 +201,13 @@ def test_a_host_may_take_again_what_it_took(pace: Pace | None, rows: int, took_s
 def table() -> np.ndarray:
     """Expert 0 on links 0 and 1; expert 1 on 0 and 2; expert 2 on 0 alone."""
     return np.array([[[0, 0], [1, 0]], [[0, 1], [2, 0]], [[0, 2], [-1, -1]]], np.int32)
+
+
+def test_a_look_comes_with_the_next_deadline_once_another_host_has_answered() -> None:
+    assert deadline.next_look_s([0.2, 0.012, -1.0], is_one_done=True) == 0.012
+    assert deadline.next_look_s([0.2, -1.0], is_one_done=True) == SLICE_S
+    assert deadline.next_look_s([1e-9], is_one_done=True) == deadline.LOOK_S, "no spinning"
+    assert deadline.next_look_s([0.2, 0.012], is_one_done=False) == SLICE_S
 
 
 def test_replaceable_means_another_fit_replica_for_every_expert(table: np.ndarray) -> None:

@@ -60,7 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     code = (
         "import sys, pathlib\nfrom benchmarks import checkpoints\n"
-        "for a in checkpoints.ARCHITECTURES: checkpoints.tiny(a, pathlib.Path(sys.argv[1]) / a)"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "for a in checkpoints.ARCHITECTURES: checkpoints.tiny(a, root / a)\n"
+        "checkpoints.multimodal(root / 'llama4', root / 'multimodal')"
     )
     subprocess.run([sys.executable, "-c", code, str(root)], cwd=ROOT, check=True, capture_output=True)
     return root
@@ -211,6 +213,22 @@ def test_an_engines_speed_ups_change_no_token(runs: Runs, folders: Path) -> None
     assert guessed["steps"] < greedy["steps"], "guesses were right"
 
 
+def test_in_bf16_too_an_answer_does_not_depend_on_what_else_is_in_the_batch(runs: Runs, folders: Path) -> None:
+    usual, invariant = (
+        runs.ask("staggered", checkpoint=str(folders / "mixtral"), invariant=wanted) for wanted in (False, True)
+    )
+    assert invariant["beside"] == invariant["alone"]
+    assert all(len(steps) == 32 for steps in invariant["alone"])
+    assert usual["beside"] != usual["alone"], "vLLM's own setting, which this one is needed for"
+
+
+def test_of_a_multimodal_checkpoint_the_language_model_runs(runs: Runs, folders: Path) -> None:
+    """As the same model without eyes does, although what vLLM wants for those is not installed."""
+    text, whole = (runs.ask("hosted", checkpoint=str(folders / n), dtype="bfloat16") for n in ("llama4", "multimodal"))
+    for name in ("one", "halves"):
+        assert whole[name] == text[name] and whole[f"{name}_calls"] > 0
+
+
 @pytest.mark.parametrize(
     ("batch_rows", "limits", "preempts"),
     [(1, {"max_num_seqs": 8}, False), (0, {"max_num_seqs": 4}, True), (2, {"num_gpu_blocks_override": 5}, True)],
@@ -224,6 +242,13 @@ def test_batch_requests_step_back_at_once_and_end_as_if_they_had_not(
     assert all("interactive" in step for step in seen["steps"])  # the first has its prompt and its first token
     assert {len(step) - 1 for step in seen["steps"]} == {batch_rows}
     assert bool(seen["preempted"]) == preempts
+    assert sum(seen["begun"]) == 3 and max(seen["begun"]) == 1, "the next interactive one might come at any moment"
+
+
+def test_far_from_interactive_requests_batch_prompts_begin_together(runs: Runs, folders: Path) -> None:
+    seen = runs.ask("two_lanes", checkpoint=str(folders / "mixtral"), batch_rows=1, near_s=0.0, max_num_seqs=8)
+    assert seen["mixed"] == seen["alone"]
+    assert max(seen["begun"]) == 3
 
 
 def test_the_engine_reads_no_routed_expert_from_disk(runs: Runs, folders: Path) -> None:

@@ -6,13 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from folkmoot.experts import warm
-from folkmoot.experts.warm import WarmParent, WarmParentError
+from folkmoot.experts.warm import Child, WarmParent, WarmParentError
 
 
 def ended(pid: int, within_s: float = 5.0) -> bool:
@@ -74,6 +75,26 @@ def test_last_words_are_said_and_hold_nothing_up(plain_parent: WarmParent, tmp_p
     assert (tmp_path / "words").read_text() == "said"
 
 
+def test_an_offer_never_waits_for_who_does_not_read() -> None:
+    """What does not go whole is kept or dropped; what went can be read, and all that is sent afterwards."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+    sender, reader = warm.Control(ours), warm.Control(theirs)
+    went = [number for number in range(2000) if sender.offer({"number": number, "text": "x" * 1000})]
+    assert 0 < len(went) < 2000, "it was full"
+    threading.Timer(0.1, sender.send, ({"number": "the end"},)).start()
+    got = []
+    while not got or got[-1] != "the end":
+        message = reader.receive(10)
+        assert message is not None
+        got.append(message["number"])
+    assert got == [*went, "the end"]
+    assert sender.offer({"number": "more"})
+    assert reader.receive(10) == {"number": "more"}
+    for control in (sender, reader):
+        control.close()
+
+
 def test_kill_is_seen_at_once(plain_parent: WarmParent, tmp_path: Path) -> None:
     child = plain_parent.spawn("tests.experts.entries:sleep", {}, tmp_path / "log")
     assert child.receive(10) == {"event": "ready"}
@@ -109,6 +130,42 @@ def test_who_has_given_up_gets_no_child(short_dir: Path, tmp_path: Path) -> None
         child.close()
         process.terminate()
     assert (tmp_path / "warm.log").read_text().count("forked") == 1
+
+
+def test_the_next_parent_finds_the_memory_files_of_a_dead_one(short_dir: Path, tmp_path: Path) -> None:
+    """As long as a child of the dead one lives; another socket, or another name, is another file."""
+
+    def held(parent: WarmParent, name: str, text: str) -> tuple[Child, str]:
+        child = parent.spawn("tests.experts.entries:remember", {"text": text}, tmp_path / "log", memory=name)
+        answer = child.receive(10)
+        assert answer is not None
+        return child, answer["held"]
+
+    def start(name: str) -> "subprocess.Popen[bytes]":
+        return warm.start(short_dir / name, tmp_path / "warm.log", modules=["tests.experts.entries"])
+
+    with start("kept.sock") as first, start("other.sock") as stranger:
+        parent = warm.connect(short_dir / "kept.sock", 30)
+        living, nothing = held(parent, "weights", "of the first")
+        assert nothing == ""
+        first.kill()
+        first.wait(10)
+        with start("kept.sock") as second:
+            parent = warm.connect(short_dir / "kept.sock", 30)
+            children = [held(parent, "weights", "of the second"), held(parent, "else", "x")]
+            children += [held(warm.connect(short_dir / "other.sock", 30), "weights", "y")]
+            assert [found for _, found in children] == ["of the first", "", ""]
+            for child in (living, *(child for child, _ in children)):
+                child.kill()
+                assert child.wait(5)
+            second.kill()
+            second.wait(10)
+        with start("kept.sock") as third:
+            child, found = held(warm.connect(short_dir / "kept.sock", 30), "weights", "z")
+            assert found == "", "nobody has it any more"
+            child.kill()
+            third.terminate()
+        stranger.terminate()
 
 
 def test_nobody_there(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from folkmoot.cluster import replay
 from folkmoot.experts import vllm_api
 from folkmoot.experts.expert_choice import KINDS
 from folkmoot.experts.quantise_cache import ExpertCache
+from folkmoot.experts.vllm_api import lanes
 from folkmoot.experts.vllm_api.checkpoint import identity
 from folkmoot.experts.vllm_api.runtime import register_eagerly
 
@@ -110,7 +111,7 @@ def hosted(
     dtypes["expert_letters"] = letters and dict.fromkeys(shape.moe_layers, letters)
     dispatcher = InProcessDispatcher([], [])
     vllm_api.install(lambda: dispatcher)
-    llm = load(checkpoint, dtype, **extra)
+    llm = load(checkpoint, dtype, **vllm_api.engine_arguments(), **extra)
     results: dict[str, Any] = {"engine": engine_parameters(llm)}
     for name, num_hosts in (("one", 1), ("halves", 2)):
         held = [{layer: range(h, shape.num_experts, num_hosts) for layer in shape.moe_layers} for h in range(num_hosts)]
@@ -122,9 +123,10 @@ def hosted(
     return results
 
 
-def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]:
-    """Four batch requests, and in the middle an interactive one. Tokens of each, alone and so; who got one in each step
-    while the interactive one was there; and who was preempted. `limits`: vLLM's slots and blocks."""
+def two_lanes(checkpoint: str, batch_rows: int, near_s: float = 60.0, **limits: Any) -> dict[str, Any]:
+    """Four batch requests, and in the middle an interactive one; three more batch requests after it. Tokens of the
+    first five, alone and so; who got one in each step while the interactive one was there; who was preempted; and how
+    many of the last three began in each step. `limits`: vLLM's slots and blocks."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
@@ -136,6 +138,7 @@ def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]
         enable_prefix_caching=False, enable_chunked_prefill=False, logits_processors=[replay.PROCESSOR], **limits,
     )  # fmt: skip
     config = arguments.create_engine_config()
+    lanes.NEAR_S = near_s
     vllm_api.use_two_lanes(config, vllm_api.Lanes(batch_rows, 64))
     engine = LLMEngine.from_vllm_config(config)
     scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
@@ -166,10 +169,15 @@ def two_lanes(checkpoint: str, batch_rows: int, **limits: Any) -> dict[str, Any]
     preempted = [r.request_id for r in scheduler.requests.values() if r.num_preemptions]
     while len(seen["interactive"]) < 24:
         steps.append(step())
+    for i in range(3):
+        add(f"late-{i}", i, 1, temperature=0.0)
+    begun = []
     while engine.has_unfinished_requests():
-        step()
+        before = set(seen)
+        begun.append(len([name for name in step() if name not in before]))
     mixed = [seen[f"batch-{i}"] for i in range(4)] + [seen["interactive"]]
-    return {"alone": [seen[f"alone-{i}"] for i in range(5)], "mixed": mixed, "steps": steps, "preempted": preempted}
+    alone = [seen[f"alone-{i}"] for i in range(5)]
+    return {"alone": alone, "mixed": mixed, "steps": steps, "preempted": preempted, "begun": begun}
 
 
 def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str, Any]:
@@ -177,43 +185,10 @@ def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str,
     with these speed-ups and one expert host. Tokens of each, steps of the second time, most tokens that one step
     computed, and tokens of prompts that were found in the cache. Every second request is seeded sampling; or all are
     greedy, of three tokens."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    shape = vllm_api.describe(Path(checkpoint))
-    held = {layer: range(shape.num_experts) for layer in shape.moe_layers}
-    dispatcher = InProcessDispatcher([], [held])
-    vllm_api.install(lambda: dispatcher)
-    vllm_api.allow_chunks()
-    plain: dict[str, Any] = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
-    config = EngineArgs(
-        checkpoint, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
-        kv_cache_memory_bytes=1 << 26, seed=0, **{**plain, **arguments},
-    ).create_engine_config()  # fmt: skip
-    vllm_api.use_two_lanes(config, vllm_api.Lanes(1, 256))
-    engine = LLMEngine.from_vllm_config(config)
-    dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), held, dtype="float32")]
-    scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-    sizes: list[int] = []
-    schedule = scheduler.schedule
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        output = schedule(*args, **kwargs)
-        sizes.append(output.total_num_scheduled_tokens)
-        return output
-
-    scheduler.schedule = noted
-    prompts = [[*range(8, 144), *range(200 + 40 * i, 224 + 40 * i)] for i in range(4)]
+    engine = _sped_up_engine(checkpoint, arguments)
+    sizes = _step_sizes(engine)
     tokens: dict[str, list[int]] = {}
     cached = 0
-
-    def add(name: str, i: int) -> None:
-        how: dict[str, Any] = {"temperature": 1.0, "seed": i} if seeded and i % 2 else {"temperature": 0.0}
-        how |= {} if seeded else {"allowed_token_ids": [20, 21, 22]}  # so that what has been comes again
-        sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **how)
-        engine.add_request(name, TokensPrompt(prompt_token_ids=prompts[i]), sampling)
 
     def finish() -> None:
         nonlocal cached
@@ -223,11 +198,11 @@ def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str,
                 cached += (output.num_cached_tokens or 0) if output.finished else 0
 
     for i in range(4):
-        add(f"alone-{i}", i)
+        _add_request(engine, f"alone-{i}", i, seeded)
         finish()
     sizes.clear()
     for i in range(4):
-        add(f"together-{i}", i)
+        _add_request(engine, f"together-{i}", i, seeded)
     finish()
     return {
         **{name: [tokens[f"{name}-{i}"] for i in range(4)] for name in ("alone", "together")},
@@ -235,6 +210,78 @@ def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str,
         "most_tokens": max(sizes),
         "cached": cached,
     }
+
+
+def staggered(checkpoint: str, invariant: bool) -> dict[str, Any]:
+    """In bf16, four requests each alone, then beside others that began 0 to 9 steps before: log-probabilities of every
+    step, which show what tokens of so small a model may not."""
+    os.environ.update(vllm_api.batch_invariance("cpu", invariant))
+    engine = _sped_up_engine(checkpoint, {"dtype": "bfloat16"})
+    seen: dict[str, list[dict[str, float]]] = {}
+
+    def step() -> None:
+        for output in engine.step():
+            steps = output.outputs[0].logprobs
+            seen[output.request_id] = [{str(t): p.logprob for t, p in step.items()} for step in steps]
+
+    for i in range(4):
+        _add_request(engine, f"alone-{i}", i, seeded=True, logprobs=5)
+        while engine.has_unfinished_requests():
+            step()
+    for i in range(4):
+        _add_request(engine, f"beside-{i}", i, seeded=True, logprobs=5)
+        for _ in range(3):
+            step()
+    while engine.has_unfinished_requests():
+        step()
+    return {name: [seen[f"{name}-{i}"] for i in range(4)] for name in ("alone", "beside")}
+
+
+def _sped_up_engine(checkpoint: str, arguments: dict[str, Any]) -> Any:
+    """vLLM's engine in this process, with two lanes and all experts on one host here; float32 unless told otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    shape = vllm_api.describe(Path(checkpoint))
+    held = {layer: range(shape.num_experts) for layer in shape.moe_layers}
+    dispatcher = InProcessDispatcher([], [held])
+    vllm_api.install(lambda: dispatcher)
+    vllm_api.allow_chunks()
+    arguments = {"dtype": "float32", "enable_chunked_prefill": False, "enable_prefix_caching": False, **arguments}
+    config = EngineArgs(
+        checkpoint, enforce_eager=True, max_model_len=256, max_num_seqs=4,
+        kv_cache_memory_bytes=1 << 26, seed=0, **arguments,
+    ).create_engine_config()  # fmt: skip
+    vllm_api.use_two_lanes(config, vllm_api.Lanes(1, 256))
+    engine = LLMEngine.from_vllm_config(config)
+    dispatcher.hosts = [vllm_api.load_experts(Path(checkpoint), held, dtype=arguments["dtype"])]
+    return engine
+
+
+def _step_sizes(engine: Any) -> list[int]:
+    """Tokens that each step computes, from now on."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    sizes: list[int] = []
+    schedule = scheduler.schedule
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        sizes.append(output.total_num_scheduled_tokens)
+        return output
+
+    scheduler.schedule = noted
+    return sizes
+
+
+def _add_request(engine: Any, name: str, i: int, seeded: bool, logprobs: int | None = None) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    prompt = [*range(8, 144), *range(200 + 40 * i, 224 + 40 * i)]
+    how: dict[str, Any] = {"temperature": 1.0, "seed": i} if seeded and i % 2 else {"temperature": 0.0}
+    how |= {} if seeded else {"allowed_token_ids": [20, 21, 22]}  # so that what has been comes again
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=logprobs, **how)
+    engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), sampling)
 
 
 def engine_parameters(llm: Any) -> dict[str, int]:

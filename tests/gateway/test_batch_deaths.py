@@ -124,12 +124,12 @@ async def test_a_line_that_kills_its_engine_is_a_dead_letter_that_can_be_replaye
     async with Moody(queue, room=10_000) as engine:
         await batches.create([line(0), line(1, prompt="kill"), line(2)], batch_id="b")
         assert (await ended(batches, "b")).completed == 2
-        assert [lease.attempt for lease in engine.leases if lease.request.text == "kill"] == [1, 2, 3]
+        assert [lease.attempt for lease in engine.leases if lease.request.text == "kill"] == [1, 2, 3, 4]
     (row,) = await rows(batches, "b", errors=True)
     assert (row["custom_id"], row["response"]["status_code"]) == ("c1", 500)
-    assert "given up after 3 attempts; last: the engine died of it" in row["response"]["body"]["error"]["message"]
+    assert "given up after 4 attempts; last: the engine died of it" in row["response"]["body"]["error"]["message"]
     (letter,) = await batches.dead_letters()
-    assert (letter.request_id, letter.attempts, letter.model) == ("batch:b:1", 3, MODEL.name)
+    assert (letter.request_id, letter.attempts, letter.model) == ("batch:b:1", 4, MODEL.name)
     assert json.loads(letter.request_json)["text"] == "kill"
     async with EchoEngine(queue, "engine-2"):
         request_id = await batches.replay(letter.id)

@@ -17,7 +17,7 @@ from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.holder import LeaseHolder
 from folkmoot.gateway.pb import gateway_pb2 as pb
 from folkmoot.gateway.pb import gateway_pb2_grpc
-from folkmoot.gateway.queue import Append, Held, QueueSettings, RequestQueue
+from folkmoot.gateway.queue import Append, Held, Lease, QueueSettings, RequestQueue
 from folkmoot.gateway.server import serve
 from folkmoot.gateway.settings import GatewaySettings
 from tests.gateway.conftest import QUICK, GatewayProcess, token_request, until
@@ -148,7 +148,8 @@ async def test_who_sees_an_engine_die_gives_its_requests_back_at_once(
 
 
 async def test_what_kills_its_engines_takes_nobody_along(queue: RequestQueue) -> None:
-    """One of six requests kills whoever runs it. The other five were in the same engines twice, and all end well."""
+    """One of six requests kills whoever runs it. The other five were in the same engines twice, and all end well; also
+    the one whose engine dies of something else just when it is alone."""
     names = [f"r{i}" for i in range(6)]
     for name in names:
         await queue.submit(_submission(name))
@@ -159,16 +160,64 @@ async def test_what_kills_its_engines_takes_nobody_along(queue: RequestQueue) ->
         if not leases:
             break
         rounds.append([lease.request_id for lease in leases])
-        if "r3" in rounds[-1]:
+        if "r3" in rounds[-1] or rounds.count(["r1"]) == 1:
             await queue.abandon(engine, "segmentation fault")
         else:
             done = pb.GenerateResponse(token_ids=[1], finish=pb.Finish(reason=pb.STOP))
             await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])
-    assert rounds == [names, names, ["r0"], ["r1"], ["r2"], ["r3"], ["r4"], ["r5"]]
+    assert rounds == [names, names, ["r0"], ["r1"], ["r1"], ["r2"], ["r3"], ["r3"], ["r4"], ["r5"]]
     finishes = {name: (await queue.status(name)).finish for name in names}
     assert {name for name, finish in finishes.items() if finish.reason == pb.STOP} == set(names) - {"r3"}
-    assert finishes["r3"].message == "given up after 3 attempts; last: segmentation fault"
+    assert finishes["r3"].message == "given up after 4 attempts; last: segmentation fault"
     assert len(await queue.store.command("XRANGE", queue.store.keys.dead(MODEL.name), "-", "+")) == 1
+
+
+async def test_two_that_kill_their_engines_take_nobody_along(queue: RequestQueue) -> None:
+    """While the first lot is on its last attempts a second one comes, with another killer: nobody is blamed for it."""
+    first, second, killers = [f"r{i}" for i in range(4)], [f"s{i}" for i in range(4)], {"r1", "s2"}
+    for name in first:
+        await queue.submit(_submission(name))
+    for i in range(40):
+        engine = f"engine-{i}"
+        leases = await queue.lease(MODEL.name, engine, 10)
+        if i == 1:
+            for name in second:
+                await queue.submit(_submission(name))
+        held = {lease.request_id for lease in leases}
+        assert len(held & set(first)) in (0, 1, 4) and (i < 2 or not held & set(first) or len(held) == 1)
+        if killers & held:
+            await queue.abandon(engine, "segmentation fault")
+        else:
+            done = pb.GenerateResponse(token_ids=[1], finish=pb.Finish(reason=pb.STOP))
+            await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])
+    reasons = {name: (await queue.status(name)).finish.reason for name in (*first, *second)}
+    assert {name for name, reason in reasons.items() if reason != pb.STOP} == killers
+
+
+async def test_a_trial_waits_for_suspects_and_nothing_joins_it(queue: RequestQueue) -> None:
+    """What has journalled something since it was leased is none: it goes on beside."""
+
+    async def leased(engine: str) -> list[Lease]:
+        return await queue.lease(MODEL.name, engine, 9)
+
+    async def move_on(lease: Lease) -> None:
+        await queue.append_many([Append(lease.request_id, lease.epoch, pb.GenerateResponse(token_ids=[1]))])
+
+    await queue.submit(_submission("tried"))
+    await leased("a")
+    await queue.abandon("a", "it died")
+    await leased("b")
+    await queue.submit(_submission("plain"))
+    (plain,) = await leased("c")
+    await queue.abandon("b", "it died")
+    await queue.submit(_submission("third"))
+    assert await leased("c") == [], "plain might be what kills it"
+    await move_on(plain)
+    (tried,) = await leased("c")
+    assert (tried.request_id, tried.attempt) == ("tried", 3)
+    assert await leased("c") == [], "third might be"
+    await move_on(tried)
+    assert [lease.request_id for lease in await leased("c")] == ["third"]
 
 
 async def test_an_engine_that_was_held_up_does_not_take_over_from_itself(queue: RequestQueue, gateway: str) -> None:
@@ -190,7 +239,7 @@ async def test_an_engine_that_leaves_by_an_error_says_why(queue: RequestQueue) -
         assert lease.attempt == attempt
         await holder.__aexit__(RuntimeError, RuntimeError("the core is dead"), None)
     finish = (await queue.status("x")).finish
-    assert finish.message == "given up after 3 attempts; last: the engine failed: the core is dead"
+    assert finish.message == "given up after 4 attempts; last: the engine failed: the core is dead"
     assert (await queue.load(MODEL.name)).waiting_requests == 0
 
 
@@ -329,13 +378,13 @@ async def test_bad_engine_ends_in_the_dead_letters(gateway: str, queue: RequestQ
                 await asyncio.sleep(0.01)
 
         refusing = asyncio.create_task(refuse())
-        with pytest.raises(Exception, match=r"given up after 3 attempts; last: CUDA error"):
+        with pytest.raises(Exception, match=r"given up after 4 attempts; last: CUDA error"):
             await client.generate_text(token_ids=[1])
         await refusing
         dead = await queue.store.command("XRANGE", queue.store.keys.dead(MODEL.name), "-", "+")
         assert len(dead) == 1
-        assert dead[0][1][3] == b"given up after 3 attempts; last: CUDA error"
-        assert [lease.attempt for lease in engine.leases] == [1, 2, 3]
+        assert dead[0][1][3] == b"given up after 4 attempts; last: CUDA error"
+        assert [lease.attempt for lease in engine.leases] == [1, 2, 3, 4]
 
 
 async def test_draining_engine_hands_over(gateway: str, queue: RequestQueue) -> None:

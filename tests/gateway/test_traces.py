@@ -23,10 +23,11 @@ from folkmoot.gateway.client import AsyncClient, Client, InvalidRequest
 from folkmoot.gateway.embedded import EmbeddedStore
 from folkmoot.gateway.pb import gateway_pb2_grpc
 from folkmoot.gateway.queue import RequestQueue
+from folkmoot.gateway.store import Store
 from folkmoot.gateway.tracing import MAX_TRACESTATE_CHARS, TraceContext, context_of
 from tests.gateway.batches import ended, line
 from tests.gateway.conftest import QUICK, GatewayProcess, start_gateway, token_request
-from tests.gateway.echo import EchoEngine
+from tests.gateway.echo import MODEL, EchoEngine
 from tests.gateway.test_resume import taken_over
 from tests.otlp import Collector, Seen
 
@@ -223,7 +224,15 @@ def test_of_the_traces_that_begin_here_some_are_sampled_and_of_clients_all(
         tracing.stop()
 
 
-def test_a_client_without_asyncio_is_in_its_callers_trace(collector: Collector, gateway: str) -> None:
+def test_a_client_without_asyncio_is_in_its_callers_trace(
+    collector: Collector, gateway: str, store_server: EmbeddedStore, namespace: str
+) -> None:
+    async def register() -> None:
+        queue = RequestQueue(Store(store_server.url, namespace))
+        await queue.register("engine-1", MODEL, 60.0)
+        await queue.store.close()
+
+    asyncio.run(register())
     provider = TracerProvider(ALWAYS_ON)
     with Client(gateway) as client:
         with trace.use_span(provider.get_tracer("caller").start_span("look")) as look:

@@ -5,6 +5,7 @@ as callable kernels. `install` arms the engine side: a vLLM whose routed experts
 parent that forks either. Each name is imported when it is first used, because importing vLLM takes many seconds.
 
     checkpoint.py  names and headers of a safetensors checkpoint; light
+    invariance.py  settings that make answers independent of the batch; light
     imports.py     what a parent imports before it forks; light
     runtime.py     engine configuration, one-rank world
     loader.py      the model on the meta device, and any experts of it, read by vLLM's own loaders
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.engine import Dispatch, engine_arguments, install
     from folkmoot.experts.vllm_api.hosted import HostedExperts, LayerKernel, load_experts
     from folkmoot.experts.vllm_api.imports import preimport
+    from folkmoot.experts.vllm_api.invariance import batch_invariance
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
     from folkmoot.experts.vllm_api.quantised import measure_errors
@@ -40,6 +42,7 @@ _HOME = {
     "HostedExperts": "hosted",
     "LayerKernel": "hosted",
     "load_experts": "hosted",
+    "batch_invariance": "invariance",
     "Lanes": "lanes",
     "use_two_lanes": "lanes",
     "VLLM_VERSION": "private",
@@ -57,6 +60,7 @@ __all__ = [
     "LayerKernel",
     "ModelShape",
     "allow_chunks",
+    "batch_invariance",
     "broken_names",
     "describe",
     "engine_arguments",

@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from folkmoot.experts.vllm_api.checkpoint import is_routed
 from folkmoot.experts.vllm_api.loader import replaced
 from folkmoot.experts.vllm_api.runtime import rest_groups_of_one
+from folkmoot.experts.vllm_api.text_only import overrides, text_weights
 
 MOE_OPERATORS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
@@ -68,9 +69,10 @@ def engine_arguments(device: str = "cpu") -> dict[str, Any]:
     On an accelerator CUDA graphs must stop around the MoE operators, since a dispatcher cannot be captured. (Written
     from vLLM's source, never run: there was no GPU.)
     """
+    arguments: dict[str, Any] = {"hf_overrides": overrides}
     if device == "cpu":
-        return {}
-    return {"compilation_config": {"splitting_ops": [*CompilationConfig._attention_ops, *MOE_OPERATORS]}}
+        return arguments
+    return {**arguments, "compilation_config": {"splitting_ops": [*CompilationConfig._attention_ops, *MOE_OPERATORS]}}
 
 
 class DispatchingLoader(DefaultModelLoader):
@@ -89,7 +91,7 @@ class DispatchingLoader(DefaultModelLoader):
         self, model_config: ModelConfig, model: torch.nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Name and tensor of every weight; those of routed experts without their data, which stays on disk."""
-        for name, tensor in super().get_all_weights(model_config, model):
+        for name, tensor in text_weights(model_config, super().get_all_weights(model_config, model)):
             # One value an expert, such as a gate's correction bias that is stored beside them, belongs to the engine.
             elsewhere = is_routed(name) and tensor.ndim > 1
             yield name, torch.empty_like(tensor, device="meta") if elsewhere else tensor

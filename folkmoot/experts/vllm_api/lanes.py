@@ -9,6 +9,8 @@ room for a request that waits, nor keep a step short. `LaneScheduler` adds, befo
               keep their memory, and go on where they were
     prefill   at most `prompt_tokens` of batch prompts begin in a step; a longer one begins alone, and only where no
               interactive request is there, since its step can not be cut short (no chunked prefill on a CPU)
+    near      for `NEAR_S` after an interactive request at most one batch prompt begins in a step: the next may come
+              at any moment, and would wait for the end of that step
 """
 
 import time
@@ -21,6 +23,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 INTERACTIVE, BATCH = 0, 1
 """Priorities, as vLLM has them: the lower comes first."""
+
+NEAR_S = 5.0
+"""A guess at how soon somebody who has asked asks again."""
 
 CONFIG_KEY = "folkmoot_lanes"
 
@@ -47,7 +52,13 @@ def paused(running: Sequence[Any], is_beside: bool, lanes: Lanes) -> list[Any]:
 
 
 def step_tokens(
-    taking_part: Sequence[Any], waiting: Iterable[Any], is_beside: bool, lanes: Lanes, *, can_split: bool
+    taking_part: Sequence[Any],
+    waiting: Iterable[Any],
+    is_beside: bool,
+    lanes: Lanes,
+    *,
+    is_near: bool,
+    can_split: bool,
 ) -> int:
     """Tokens for a step: what runs, all interactive prompts, and what batch prompts may have. `waiting` by priority;
     `can_split`: prompts may be computed in parts."""
@@ -59,7 +70,7 @@ def step_tokens(
     for r in waiting:
         if r.priority == INTERACTIVE:
             total += r.num_tokens
-        elif is_beside and rows >= lanes.batch_rows:
+        elif (is_beside and rows >= lanes.batch_rows) or (is_near and prompts):
             break
         elif prompts + r.num_tokens > lanes.prompt_tokens:
             prompts = lanes.prompt_tokens if can_split else prompts or (0 if is_beside else r.num_tokens)
@@ -73,6 +84,7 @@ class _TwoLanes(Scheduler):
     """Mixed into either of vLLM's schedulers."""
 
     max_num_scheduled_tokens: int
+    _near_until_s = 0.0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step."""
@@ -80,13 +92,17 @@ class _TwoLanes(Scheduler):
         self._make_room()
         self.running.sort(key=lambda r: r.priority)  # tokens of the step go to interactive ones first
         is_beside = any(r.priority == INTERACTIVE for r in self.running) or self._first_interactive() is not None
+        now_s = time.monotonic()
+        if is_beside:
+            self._near_until_s = now_s + NEAR_S
         resting = paused(self.running, is_beside, lanes)
         for r in resting:
             r.next_decode_eligible_step = self.current_step + 2  # not in the step that begins now
         limit: int = self.max_num_scheduled_tokens
         taking_part = [r for r in self.running if r not in resting]
         can_split = self.scheduler_config.enable_chunked_prefill
-        wanted = step_tokens(taking_part, self.waiting, is_beside, lanes, can_split=can_split)
+        is_near = now_s < self._near_until_s
+        wanted = step_tokens(taking_part, self.waiting, is_beside, lanes, is_near=is_near, can_split=can_split)
         self.max_num_scheduled_tokens = min(limit, max(1, wanted))
         try:
             return super().schedule(*args, **kwargs)

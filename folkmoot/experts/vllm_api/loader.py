@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from folkmoot.experts.vllm_api.checkpoint import ExpertTensor, read_experts
+from folkmoot.experts.vllm_api.text_only import text_weights
 
 # Names under which Hugging Face configurations keep the number of routed experts.
 _COUNT_NAMES = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
@@ -46,7 +47,8 @@ class Loader:
         self.modules[layer].hold(len(experts))
         if experts:
             with _expert_count(self.config, len(experts)):
-                self.model.load_weights(read_experts(self.tensors[layer], experts))
+                weights = read_experts(self.tensors[layer], experts)
+                self.model.load_weights(text_weights(self.config.model_config, weights))
 
 
 def build(config: VllmConfig, counts: Mapping[int, int], device: torch.device) -> tuple[Any, dict[int, Any]]:

@@ -27,6 +27,7 @@ class PrivateName:
 
 
 PRIVATE_NAMES = (
+    PrivateName("vllm.envs", members=("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_BATCH_INVARIANT")),
     PrivateName("vllm.model_executor.custom_op.op_registry_oot"),
     PrivateName("vllm.model_executor.custom_op.PluggableLayer"),
     PrivateName(

@@ -20,9 +20,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.registry import _RegisteredModel
 
+from folkmoot.experts.vllm_api import text_only
+
 
 def register_eagerly(architecture: str) -> None:
     """Import the model class of `architecture`. Otherwise vLLM inspects it in a fresh interpreter (many seconds)."""
+    architecture = text_only.class_of(architecture)
     if architecture not in ModelRegistry.models:
         raise ValueError(f"vLLM knows no model architecture {architecture!r}")
     entry = ModelRegistry.models[architecture]
@@ -39,6 +42,7 @@ def engine_config(checkpoint: Path, *, dtype: str, quantization: str | None = No
         model=str(checkpoint),
         dtype=dtype,
         quantization=quantization,
+        hf_overrides=text_only.overrides,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_num_seqs=1,
