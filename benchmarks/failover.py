@@ -4,8 +4,8 @@ Under steady load (each client asks again as soon as it has its answer) one proc
 SIGKILL, or stopped: an expert host that has a replica, one that has none, an engine, a gateway, the expert router, the
 store. For each: requests that failed, tokens that were lost, doubled or (in float32, where answers may not depend on
 what else is in the batch) different from the undisturbed answers; the longest gap between two tokens that any client
-saw, less the usual one; how long until all replicas and engines are back; and the tokens of the window around the fault
-over those of an equally long window without one.
+saw, less the usual one; how long until all replicas and engines are back; and the tokens of the windows around faults
+over those of equally long windows without one (for an expert host, each right before its own).
 
 The same is done to monolithic vLLM (`vllm serve`, its engine core killed, started again at once), as a peer.
 
@@ -38,6 +38,8 @@ VOCABULARY = 500
 RESTORE_TIMEOUT_S = 120.0
 GAP_HORIZON_S = 15.0
 """Gaps that begin later than this after a fault are not its doing."""
+PAIRED = "dead_host"
+"""A window without a fault comes before each of these: what a machine does in a minute differs by a tenth anyway."""
 CALM_END_S = 0.5
 """Gaps that begin so shortly before a fault do not count as without one: they may be of it."""
 
@@ -93,12 +95,12 @@ async def run(
     outcome, rng = Outcome(plan), random.Random(0)
     async with Load(cluster.addresses, questions, plan.clients, pause_s=plan.pause_s) as steady:
         await asyncio.sleep(3.0)
-        began = time.monotonic()
-        await asyncio.sleep(plan.window_s)
-        undisturbed = steady.tokens_between(began, began + plan.window_s)
+        undisturbed = await _calm(steady, plan.window_s)
         calm = [answer for answer in steady.answers if answer.finish_reason is not None]
         outcome.calm_share = load.faults_of(calm, owed).different / max(1, sum(len(a.token_ids) for a in calm))
         for key, fault in plan.faults:
+            if key == PAIRED and outcome.trials:
+                undisturbed = await _calm(steady, plan.window_s)
             outcome.trials.append(await _trial(cluster, plan, steady, key, fault, undisturbed, rng))
     outcome.account = load.faults_of(steady.answers, owed)
     outcome.tokens_owed = sum(len(owed[a.question.key]) for a in steady.answers)
@@ -106,9 +108,21 @@ async def run(
     return outcome
 
 
+async def _calm(steady: Load, window_s: float) -> int:
+    """Tokens of a window in which nothing is done."""
+    began = time.monotonic()
+    await asyncio.sleep(window_s)
+    return steady.tokens_between(began, began + window_s)
+
+
+def _kept(trials: Sequence[Trial]) -> float:
+    """Tokens of these windows over those of the windows without a fault."""
+    return sum(t.tokens for t in trials) / sum(t.tokens_undisturbed for t in trials)
+
+
 def _account(outcome: Outcome) -> str:
     account = outcome.account
-    kept = ", ".join(f"{t.tokens / t.tokens_undisturbed:.3f}" for t in outcome.trials)
+    kept = ", ".join(f"{_kept([t]):.3f}" for t in outcome.trials)
     return (
         f"{account.requests} requests, {account.failed} failed, {account.lost_or_doubled} tokens lost or doubled, "
         f"{account.different} different; throughput of each window over one without a fault: {kept}"
@@ -195,7 +209,7 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
         figures["stalled_host_gap_over_deadline_ms"] = max(0.0, 1e3 * over)
     if hosts := [t for o in outcomes for t in o.trials if t.key == "dead_host"]:
         figures["undisturbed_gap_p99_ms"] = 1e3 * percentile([g for t in hosts for g in t.undisturbed_gaps_s], 99)
-        figures["throughput_retained"] = min(t.tokens / t.tokens_undisturbed for t in hosts)
+        figures["throughput_retained"] = _kept(hosts)
         restored = [RESTORE_TIMEOUT_S if t.restored_s is None else t.restored_s for t in hosts]
         figures["replicas_restored_s"] = max(restored)
     return figures
@@ -212,7 +226,7 @@ def rows_of(outcome: Outcome) -> list[list[object]]:
         rows.append(
             [outcome.plan.name, trials[0].fault.name + (", no replica" if key == "no_replica" else ""), len(trials),
              percentile(gaps, 50), max(gaps), max(calm), max(restored) if len(restored) == len(trials) else "not",
-             min(t.tokens / t.tokens_undisturbed for t in trials)]
+             _kept(trials)]
         )  # fmt: skip
     return rows
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 MODELS_FRESH_S = 1.0  # how long a gateway trusts its copy of the model records
 STARTS_WAITED = 3  # a request waits for so many starts of an engine, where engines come and go
 
+# A client's deadline is seen as its cancellation, which may come a little before the gateway's own clock says so.
+LATE_SLACK_S = 0.1
 LATE = status.Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +50,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Submit, then stream until the last piece."""
         metrics.current().lane = LANE_OF.get(request.lane, "")
+        began_s = time.monotonic()
         try:
             on_disconnect = request.on_disconnect
             submission = await self._accept(request, context.time_remaining())
@@ -62,11 +65,14 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
         except (GatewayError, InvalidRequest) as e:
             await status.abort(context, status.of(e))
         stream.live = True
-        ends_s = time.monotonic() + submission.remaining_s
+        ends_s = time.monotonic() + submission.remaining_s  # not before the store's own clock says so
         try:
             await self._stream(stream, context, ends_s, submission.request_id)
         except asyncio.CancelledError:
-            self._left(on_disconnect, submission.request_id, late=time.monotonic() >= ends_s)
+            if time.monotonic() >= began_s + submission.remaining_s - LATE_SLACK_S:
+                self._keep(self._settle_late(submission.request_id, ends_s))
+            elif on_disconnect in (pb.ON_DISCONNECT_UNSPECIFIED, pb.CANCEL):
+                self._keep(self._cancel_quietly(submission.request_id))
             raise
         finally:
             stream.close()
@@ -162,7 +168,7 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             async with asyncio.timeout(ends_s - time.monotonic()):
                 piece = await self._write_pieces(stream, context, request_id)
         except TimeoutError:
-            self._keep(self._settle_late(request_id))
+            self._keep(self._settle_late(request_id, ends_s))
             await status.abort(context, LATE)
         except UnknownRequest as e:
             await status.abort(context, status.Status(grpc.StatusCode.DATA_LOSS, f"the request store lost it: {e}"))
@@ -191,20 +197,15 @@ class FolkmootService(gateway_pb2_grpc.FolkmootServicer):
             span.set(lease_span.usage_of(piece))
         return piece
 
-    def _left(self, on_disconnect: "pb.OnDisconnect", request_id: str, *, late: bool) -> None:
-        """The client of a Generate call is gone."""
-        if late:
-            self._keep(self._settle_late(request_id))
-        elif on_disconnect in (pb.ON_DISCONNECT_UNSPECIFIED, pb.CANCEL):
-            self._keep(self._cancel_quietly(request_id))
-
     async def _cancel_quietly(self, request_id: str) -> None:
         try:
             await self._queue.cancel(request_id, "the call was cancelled")
         except GatewayError as e:  # nobody attends to it any more, so the grace period ends it
             log.warning("cancelling %s: %s", request_id, e)
 
-    async def _settle_late(self, request_id: str) -> None:
+    async def _settle_late(self, request_id: str, ends_s: float) -> None:
+        """Have the store look at a request whose deadline passes at `ends_s`, which ends it."""
+        await asyncio.sleep(ends_s - time.monotonic())
         try:
             await self._reader.attend([request_id])
         except StoreError as e:  # whoever touches it next ends it
