@@ -278,12 +278,15 @@ def made(model: str, folder: Path) -> Path:
 def main() -> None:
     """Measure and report."""
     parser = report.parser(__doc__)
-    parser.add_argument("--only", metavar="NAME", help="those clusters whose name contains this, and no killed peer")
+    only = "the cluster of this name, or those whose names contain it, and no killed peer"
+    parser.add_argument("--only", metavar="NAME", help=only)
     parser.add_argument("--window-s", type=float, default=60.0, help="length of the window around a fault")
     args = parser.parse_args()
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
-        chosen = [(m, plan) for m, plan in plans(args.quick, args.window_s) if (args.only or "") in plan.name]
+        every = plans(args.quick, args.window_s)
+        exact = args.only in [plan.name for _, plan in every]
+        chosen = [(m, p) for m, p in every if (p.name == args.only if exact else (args.only or "") in p.name)]
         outcomes = [measure(made(model, Path(name)), plan) for model, plan in chosen]
         figures = figures_of(outcomes)
         for (model, plan), outcome in zip(chosen, outcomes, strict=True):

@@ -1,5 +1,6 @@
 """What `folkmoot up` may be asked for, what of it cannot be, and the `ClusterSpec` that comes of it."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ SHARED_WITH_SPEC = (
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
     *("stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
+
+
+MOST_FEW_CORES = 4
 
 
 class StartError(RuntimeError):
@@ -155,9 +159,12 @@ def _most_engines(options: UpOptions) -> int:
     return options.engines if options.most_engines is None else options.most_engines
 
 
-def openmp_of(options: UpOptions) -> Mapping[str, str]:
-    """OpenMP's variables for the nodes' warm parents, and so for engines and expert hosts."""
-    return warm.OPENMP if _most_engines(options) <= 1 else warm.SEVERAL_ENGINES
+def openmp_of(options: UpOptions, cores: int | None = None) -> Mapping[str, str]:
+    """OpenMP's variables for the nodes' warm parents, and so for engines and expert hosts. `cores`: of this node."""
+    if _most_engines(options) > 1:
+        return warm.SEVERAL_ENGINES
+    has_gateway = options.address is None  # else engines may be on nodes without one
+    return warm.FEW_CORES if has_gateway and (cores or len(os.sched_getaffinity(0))) <= MOST_FEW_CORES else warm.OPENMP
 
 
 def shares_weights(options: UpOptions) -> bool:

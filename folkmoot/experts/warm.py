@@ -49,6 +49,9 @@ OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "20000"}
 """How long OpenMP's workers spin after a parallel region, where an engine and its hosts share cores with nobody else:
 docs/performance.md."""
 
+FEW_CORES: Mapping[str, str] = {"GOMP_SPINCOUNT": "1000"}
+"""The same where gateways and the store share them too and there are few: docs/speed.md."""
+
 SEVERAL_ENGINES: Mapping[str, str] = {"GOMP_SPINCOUNT": "0"}
 """The same where several engines share them: who spins takes a core from another engine's attention."""
 

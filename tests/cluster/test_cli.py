@@ -114,8 +114,16 @@ def test_weights_are_not_shared_on_a_gpu() -> None:
         num_hosts_and_replicas(UpOptions("model", device="cuda", share_weights=True), num_experts=8)
 
 
-def test_openmps_workers_spin_only_where_there_is_one_engine() -> None:
-    assert int(openmp_of(UpOptions("model"))["GOMP_SPINCOUNT"]) > 0
+def test_openmps_workers_spin_only_where_there_is_one_engine_and_long_where_cores_are_its_own() -> None:
+    spins = [
+        int(openmp_of(options, cores)["GOMP_SPINCOUNT"])
+        for options, cores in (
+            (UpOptions("model"), 64),
+            (UpOptions("model", address="10.0.0.1:6379"), 2),
+            (UpOptions("model"), 2),
+        )
+    ]
+    assert spins[0] == spins[1] > spins[2] > 0
     for several in (UpOptions("model", engines=2), UpOptions("model", engines=1, most_engines=3)):
         assert openmp_of(several) == {"GOMP_SPINCOUNT": "0"}
 
