@@ -18,6 +18,7 @@ from folkmoot.gateway.queue import Lease, sampling_fields
 
 ABORTED, INVALID_ARGUMENT = 10, 3
 UNSEEN_PIECE = 32  # tokens in a piece where nobody waits for each (a line of a batch): each costs time on its whole way
+MOST_IN_PIECES = 16  # journal entries that may end inside one character; longer is no text at all
 
 
 def tokens_of_a_piece(lease: Lease) -> int:
@@ -70,37 +71,42 @@ class Preparer:
         params.prompt_logprobs = None  # they went out with the first piece
         assert params.max_tokens is not None
         is_complete = lease.offset >= params.max_tokens
-        resume = self._replay if self._needs_replay(params, [*token_ids, *lease.token_ids]) else self._prefill
-        prompt, repetition = resume(token_ids, params, lease)
-        return Prepared(TokensPrompt(prompt_token_ids=prompt), params, len(token_ids), repetition, is_complete)
+        tokens, characters = self._whole(params, token_ids, lease)
+        again = list(lease.token_ids[tokens:])
+        params.max_tokens -= tokens
+        params.min_tokens = max(0, params.min_tokens - tokens)
+        if again:
+            params.extra_args = {**(params.extra_args or {}), FORCED: again}
+        prompt = TokensPrompt(prompt_token_ids=[*token_ids, *lease.token_ids[:tokens]])
+        return Prepared(prompt, params, len(token_ids), Repetition(again, lease.text[characters:]), is_complete)
 
-    def _prefill(self, token_ids: list[int], params: SamplingParams, lease: Lease) -> tuple[list[int], Repetition]:
-        """The answer so far becomes part of the prompt: one step, and exact where only the tokens matter."""
-        assert params.max_tokens is not None
-        params.max_tokens -= lease.offset
-        params.min_tokens = max(0, params.min_tokens - lease.offset)
-        return [*token_ids, *lease.token_ids], Repetition()
+    def _whole(self, params: SamplingParams, token_ids: list[int], lease: Lease) -> tuple[int, int]:
+        """How much of the answer so far, in tokens and characters, becomes part of the prompt, at the cost of one step:
+        all where what comes next depends on the tokens alone. What is left is made again, a step a token.
 
-    def _replay(self, token_ids: list[int], params: SamplingParams, lease: Lease) -> tuple[list[int], Repetition]:
-        """The answer so far is made again, a step a token: exact whatever it depends on."""
-        params.extra_args = {**(params.extra_args or {}), FORCED: list(lease.token_ids)}
-        return token_ids, Repetition(lease.token_ids, lease.text)
-
-    def _needs_replay(self, params: SamplingParams, so_far: list[int]) -> bool:
-        """Whether the rest of the answer depends on more than the tokens `so_far`, prompt and answer.
-
-        Raises BadRequest where it does, and this engine cannot replay.
+        Raises BadRequest where something is left, and this engine cannot replay.
         """
         reasons = [name for name, is_set in _carried(params).items() if is_set]
-        if self._has_tokenizer and not reasons and self._ends_inside_character(so_far, params.skip_special_tokens):
-            reasons.append("an incomplete character")
-        if reasons and not self._can_replay:
+        found = (0, 0) if reasons else self._last_whole(params, token_ids, lease)
+        if found[0] < lease.offset and not self._can_replay:
             raise BadRequest(
-                f"the engine was lost in the middle of the answer, and a request with {', '.join(reasons)} cannot go "
-                "on in another one on this device; send it again",
+                "the engine was lost in the middle of the answer, and a request with "
+                f"{', '.join(reasons) or 'an incomplete character'} cannot go on in another one on this device; send "
+                "it again",
                 ABORTED,
             )
-        return bool(reasons)
+        return found
+
+    def _last_whole(self, params: SamplingParams, token_ids: list[int], lease: Lease) -> tuple[int, int]:
+        """Up to the last journal entry that ends with a whole character: of others vLLM holds text back, which the
+        journal does not have."""
+        tokens, characters = lease.offset, len(lease.text)
+        for entry in lease.entries[: -MOST_IN_PIECES - 1 : -1]:
+            so_far = [*token_ids, *lease.token_ids[:tokens]]
+            if not (self._has_tokenizer and self._ends_inside_character(so_far, params.skip_special_tokens)):
+                return tokens, characters
+            tokens, characters = tokens - entry[0], characters - entry[1]
+        return 0, 0
 
     def _ends_inside_character(self, token_ids: list[int], skip_special_tokens: bool) -> bool:
         """Whether the text of these tokens ends with bytes that are no whole character yet, and so is held back."""

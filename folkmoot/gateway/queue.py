@@ -73,6 +73,7 @@ class Lease:
     cost: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
+    entries: tuple[tuple[int, int], ...] = ()  # of their journal, in order: tokens and characters
     trace: TraceContext | None = None
 
     @property
@@ -393,6 +394,7 @@ def _lease(row: Sequence[Any]) -> Lease:
         cost=cost,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         text="".join(piece.text for piece in pieces),
+        entries=tuple((len(piece.token_ids), len(piece.text)) for piece in pieces),
         trace=TraceContext.unpacked(trace.decode(errors="replace")),
     )
 
