@@ -4,6 +4,7 @@ The model's own tokenizer and chat template live in the engine, so only it can s
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vllm import SamplingParams, TokensPrompt
@@ -101,7 +102,7 @@ class Preparer:
         """Up to the last journal entry that ends with a whole character: of others vLLM holds text back, which the
         journal does not have."""
         tokens, characters = lease.offset, len(lease.text)
-        for entry in lease.entries[: -MOST_IN_PIECES - 1 : -1]:
+        for entry in islice(reversed(lease.entries), MOST_IN_PIECES):
             so_far = [*token_ids, *lease.token_ids[:tokens]]
             if not (self._has_tokenizer and self._ends_inside_character(so_far, params.skip_special_tokens)):
                 return tokens, characters

@@ -1,8 +1,9 @@
-"""Forced replay: a request whose engine died runs again from its prompt, and is made to choose the same tokens.
+"""Forced replay: a request whose engine died runs again, and is made to choose the same tokens.
 
-What a request is beyond its tokens (draws of its random generator, penalties, held-back text, stop strings) is then
-what it was when the engine died, and it goes on exactly as it would have. vLLM's public interface for custom logits
-processors carries it, with the tokens in `SamplingParams.extra_args`.
+What a request is beyond its tokens (draws of its random generator, penalties, stop strings; bytes held back inside a
+character) is then what it was when the engine died, and it goes on exactly as it would have. From where it is replayed,
+its prompt or the character, prompts.py decides. vLLM's public interface for custom logits processors carries it, with
+the tokens in `SamplingParams.extra_args`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ PROCESSOR = "folkmoot.cluster.replay:ForcedReplay"
 """As vLLM's engine argument `logits_processors` wants it."""
 
 FORCED = "folkmoot_forced"
-"""The key in `extra_args`: token ids, the first ones of the answer."""
+"""The key in `extra_args`: token ids, the first ones that vLLM is to make."""
 
 
 class ForcedReplay(AdapterLogitsProcessor):

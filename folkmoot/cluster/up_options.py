@@ -27,7 +27,7 @@ SHARED_WITH_SPEC = (
 )
 
 
-MOST_FEW_CORES = 4
+MOST_FEW_CORES = 4  # measured on two only (docs/speed.md)
 
 
 class StartError(RuntimeError):
