@@ -223,6 +223,12 @@ def account(lines: Sequence[bytes], ran: Ran, owed: Answers) -> dict[str, int]:
     }
 
 
+def failures(ran: Ran) -> list[list[object]]:
+    """Name and error of each line that has one, other than the bad ones."""
+    failed = [row for row in ran.errors if not row["custom_id"].startswith("bad-")]
+    return [[row["custom_id"], row["error"] or row["response"]["body"]] for row in failed]
+
+
 def growth(samples: Sequence[int]) -> float:
     """MiB from the second quarter of a run, when all is warm, to the last."""
     quarter = max(1, len(samples) // 4)
@@ -276,6 +282,7 @@ def main() -> None:
     rows = [[kind, number] for kind, number in Counter(broken.injected).items()]
     print(report.table("Faults", ["fault", "times"], [*rows, ["kill the engine of a poisonous line",
                                                              sum(broken.poisoned.values())]]))  # fmt: skip
+    print(report.table("Lines that ended with an error", ["line", "error"], failures(ran)))
     report.finish(figures, args.json)
     sys.exit(bool(figures["missing"] or figures["doubled"] or figures["different"]))
 

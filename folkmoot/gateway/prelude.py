@@ -133,6 +133,12 @@ local function is_last_attempt(r, max_attempts)
   local first = math.min(max_attempts - 1, math.max(2, max_attempts - 2))
   return (r.tries > 0 and r.tries >= first) or r.attempts == IN_ALL * max_attempts - 1
 end
+-- One that journals before it kills has no such trial before its very last attempt. With whom it shares an engine is
+-- narrowed down instead: those that have lost so many are at most so many together, a quarter after each death.
+local function group_of(lost, max_attempts)
+  return lost > 0 and 4 ^ math.max(0, IN_ALL * max_attempts - 1 - lost) or math.huge
+end
+local function stands_apart(r, max_attempts) return is_last_attempt(r, max_attempts) or r.attempts >= max_attempts end
 
 -- Takes a lease from its engine; the next engine goes on after the last journalled token. Unless `message` is empty the
 -- attempt counts. Returns requeued or buried; the caller wakes the engines (wake).
@@ -147,7 +153,7 @@ local function hand_back(id, r, max_attempts, message)
   if message == '' then r.attempts, r.tries = r.attempts - 1, math.max(0, r.tries - 1) end
   r.state = 'queued'
   redis.call('HSET', request_key(id), 'state', 'queued', 'attempts', r.attempts, 'tries', r.tries, 'error', message)
-  line_up_again(r, is_last_attempt(r, max_attempts))
+  line_up_again(r, stands_apart(r, max_attempts))
   rank(r)
   woken[r.model] = true
   return 'requeued'

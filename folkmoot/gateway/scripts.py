@@ -100,22 +100,44 @@ local out = {}
 if redis.call('EXISTS', gone_key(engine)) == 1 then return out end
 
 -- A request on its last attempts is on trial: if its engine dies, it was the cause. So until it has journalled
--- something, no other that has not is in the same engine; else what kills engines would take others along into the
--- dead letters.
+-- something, no other that has not is in the same engine, and none at all that has lost many; else what kills engines
+-- would take others along into the dead letters.
 local trial_key = root .. ':trial:' .. engine
-local function is_suspect(r)
-  if not r or r.state ~= 'running' or r.engine ~= engine or r.tries == 0 then return false end
+local function is_here(r)
+  if not r or r.state ~= 'running' or r.engine ~= engine then return false end
   return tonumber(redis.call('ZSCORE', lane_key('leases', r), r.entry) or 0) > now - idle_ms
 end
 local function on_trial()
   local id = redis.call('GET', trial_key)
-  return id and is_suspect(read(id))
+  local r = id and read(id)
+  return r and r.tries > 0 and is_here(r)
 end
-local function has_suspects()
+-- Of what runs here: how many are silent since their lease, have lost an engine, have lost many; and the smallest group.
+local here
+local function note(r)
+  local lost = r.attempts - 1
+  if r.tries > 0 then here.silent = here.silent + 1 end
+  if lost > 0 then here.retried = here.retried + 1 end
+  if lost >= max_attempts then here.lost_many = here.lost_many + 1 end
+  here.group = math.min(here.group, group_of(lost, max_attempts))
+end
+local function look_around()
+  if here then return end
+  here = {silent = 0, retried = 0, lost_many = 0, group = math.huge}
   for _, id in ipairs(redis.call('SMEMBERS', held_key(engine))) do
-    if is_suspect(read(id)) then return true end
+    local r = read(id)
+    if is_here(r) then note(r) end
   end
-  return false
+end
+-- Whether it may run here, and whether it will once nobody is silent.
+local function fits(r)
+  if r.attempts == 0 then return true, false end
+  look_around()
+  local is_trial = is_last_attempt(r, max_attempts)
+  local may = here.retried < math.min(here.group, group_of(r.attempts, max_attempts))
+  if is_trial and here.lost_many > 0 then may = false end
+  local waits = may and is_trial and here.silent > 0
+  return may and not waits, waits
 end
 
 local function take(id, r)
@@ -126,6 +148,7 @@ local function take(id, r)
   if r.state == 'running' then tally(r, 'leases_expired') end
   r.state, r.epoch, r.engine = 'running', r.epoch + 1, engine
   r.attempts, r.tries = r.attempts + 1, r.tries + 1
+  if here then note(r) end
   rank(r)
   hold(r)
   redis.call('SADD', held_key(engine), id)
@@ -143,8 +166,9 @@ local function take(id, r)
   if r.lane == 'batch' then batch_room, batch_token_room = batch_room - 1, batch_token_room - r.cost end
 end
 
--- One entry that nobody holds now. Its record may be gone: then only the line and the counters are put right.
-local function consider(found, may_try)
+-- One entry that nobody holds now. Its record may be gone: then only the line and the counters are put right. Returns
+-- whether it is a trial that only waits for what is silent.
+local function consider(found, is_apart)
   local item = redis.call('XRANGE', queue_key(model, found.lane), found.entry, found.entry)[1]
   local id = item and item[2][2]
   local r = id and read(id)
@@ -163,12 +187,18 @@ local function consider(found, may_try)
       local last = redis.call('HGET', request_key(id), 'error')
       if not last or last == '' then last = 'the engine was lost' end
       bury(id, r, 'given up after ' .. r.attempts .. ' attempts; last: ' .. last)
-    elseif is_last_attempt(r, max_attempts) and not may_try then
-      line_up_again(r, true)
-    else
+      return false
+    end
+    local fits_now, waits = fits(r)
+    if fits_now and (is_apart or not is_last_attempt(r, max_attempts)) then
       take(id, r)
+    elseif is_apart then
+      return waits
+    else
+      line_up_again(r, true)
     end
   end
+  return false
 end
 
 -- What is next in a lane. What ran out or was handed back has all been seen once it is empty, since `now` stands still.
@@ -193,16 +223,16 @@ local function has_room(lane)
   return room > 0 and token_room > 0 and (lane == 'interactive' or (batch_room > 0 and batch_token_room > 0))
 end
 
--- One request on its last attempts. Returns whether nothing else is to be leased now: it was, or waits for suspects.
-local function take_trial()
+-- Requests that stand apart. Returns whether nothing else is to be leased now: one is on trial, or waits for what is
+-- silent, which will soon be so no more. Others may wait for long, and stop nobody.
+local SEEN = 64
+local function take_apart()
   for _, lane in ipairs({'interactive', 'batch'}) do
-    while has_room(lane) do
-      local found = {model = model, lane = lane, state = 'waiting', tenant = ''}
-      found.entry = redis.call('ZRANGE', lane_key('last', found), 0, 0)[1]
-      if not found.entry then break end
-      if has_suspects() then return true end
-      consider(found, true)
-      if #out > 0 then return true end
+    local found = {model = model, lane = lane, state = 'waiting', tenant = ''}
+    for _, entry in ipairs(redis.call('ZRANGE', lane_key('last', found), 0, SEEN - 1)) do
+      if not has_room(lane) then break end
+      found.entry = entry
+      if consider(found, true) or on_trial() then return true end
     end
   end
   return false
@@ -218,9 +248,9 @@ local function take_others()
   end
 end
 
-if not on_trial() and not take_trial() then
+if not on_trial() and not take_apart() then
   take_others()
-  if #out == 0 then take_trial() end
+  if #out == 0 then take_apart() end
 end
 flush()
 return out
@@ -256,6 +286,10 @@ APPEND = (
     PRELUDE
     + """
 local out = {}
+-- What waits for that may go on now.
+local function one_suspect_less(r)
+  if redis.call('EXISTS', lane_key('last', r)) == 1 then redis.call('PUBLISH', root .. ':work:' .. r.model, '') end
+end
 for i = 1, #ARGV, 7 do
   local id, epoch, offset = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local size, payload, last = tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5] == '1'
@@ -275,15 +309,14 @@ for i = 1, #ARGV, 7 do
   elseif last then
     -- A closing entry without tokens shares its offset with none: the next free one.
     close(id, r, offset, payload, epoch, used > 0 and used or nil)
+    if r.attempts > 1 then one_suspect_less(r) end
     redis.call('HSET', request_key(id), 'next', offset + size)
     out[#out + 1] = 'ok'
   else
     journal(id, r, offset, payload)
     if offset == 0 then redis.call('PEXPIREAT', journal_key(id), r.deadline + r.retention) end
     redis.call('HSET', request_key(id), 'next', offset + size, 'tries', 0)
-    if r.tries > 0 and redis.call('EXISTS', lane_key('last', r)) == 1 then -- one suspect less: the next trial may begin
-      redis.call('PUBLISH', root .. ':work:' .. r.model, '')
-    end
+    if r.tries > 0 then one_suspect_less(r) end
     out[#out + 1] = 'ok'
   end
 end

@@ -100,9 +100,10 @@ local function leave_waiting(r)
   remember(r, served)
 end
 
--- A request that was leased before: ahead of all new ones. Those on their last attempt stand in a line of their own.
-local function line_up_again(r, is_last)
-  if is_last then
+-- A request that was leased before: ahead of all new ones. Those that are not to run beside all others stand
+-- in a line of their own.
+local function line_up_again(r, is_apart)
+  if is_apart then
     redis.call('ZREM', lane_key('leases', r), r.entry)
     redis.call('ZADD', lane_key('last', r), r.deadline, r.entry)
   else

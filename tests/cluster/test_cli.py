@@ -251,7 +251,7 @@ def test_keys_are_shown_once(store: EmbeddedStore) -> None:
     (facts,) = json.loads(listed)
     assert facts["tenant"] == "search" and facts["limits"] == {"requests_per_minute": 60, "queue_share": 0.5}
     assert 6.9 < (facts["expires_s"] - facts["created_s"]) / 86400 < 7.1
-    secret = key.rpartition("_")[2]
+    secret = key.split("_", 2)[2]
     assert secret not in listed and secret not in keys(store, "list")
     rotated = json.loads(keys(store, "rotate", facts["id"], "--overlap", "1h", "--json"))
     assert rotated["id"] == facts["id"] and rotated["key"] != key and len(rotated["secrets_until_s"]) == 2

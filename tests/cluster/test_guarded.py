@@ -73,7 +73,7 @@ def test_no_secret_can_be_seen(guarded: Guarded) -> None:
     with guarded.client(guarded.key) as client:
         document = client.status().json
     pem = guarded.server.key.read_text().splitlines()[1:-1]
-    hidden = [text.encode() for text in (PASSWORD, guarded.key, guarded.key.rpartition("_")[2], *pem)]
+    hidden = [text.encode() for text in (PASSWORD, guarded.key, guarded.key.split("_", 2)[2], *pem)]
     run_dir = Path(json.loads((cluster.state_dir / cluster.name / "state.json").read_text())["run_dir"])
     pids = processes_of(cluster.marker)
     files = [f for root in (run_dir, cluster.state_dir) for f in root.rglob("*") if f.is_file()]

@@ -7,8 +7,8 @@ How much one tenant can be ahead of another, and what is left of tenants that ar
 
 import asyncio
 import secrets
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -61,6 +61,16 @@ class Truth:
     def is_last_attempt(self) -> bool:
         return self.tries >= SETTINGS.max_attempts - 2 or self.attempts == 2 * SETTINGS.max_attempts - 1
 
+    def may_join(self, here: "Sequence[Truth]") -> bool:
+        """Whether it may be leased by an engine that runs those."""
+        if not self.attempts:
+            return True
+        lost = [self.attempts, *(r.attempts - 1 for r in here if r.attempts > 1)]
+        if len(lost) > min(4 ** (2 * SETTINGS.max_attempts - 1 - one) for one in lost):
+            return False
+        silent_or_many = any(r.tries or r.attempts > SETTINGS.max_attempts for r in here)
+        return not (self.is_last_attempt and silent_or_many)
+
     def handed_back(self, failed: bool) -> None:
         if failed and self.is_given_up:
             self.state = "done"
@@ -81,7 +91,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.keys = Keys(f"p{secrets.token_hex(6)}")
         self.queue = RequestQueue(Store(self.url, self.keys.namespace), SETTINGS)
         self.truth: dict[str, Truth] = {}
-        self.trials: dict[str, str] = {}
+        self.trials: dict[str, Truth] = {}
         self.engines = {"engine-1": "engine-1", "engine-2": "engine-2"}
         self.leases: list[tuple[str, Lease]] = []
         self.written: list[tuple[Append, Held]] = []
@@ -118,27 +128,31 @@ class QueueMachine(RuleBasedStateMachine):
         free = [r for r in self.truth.values() if r.state == "queued" or (r.state == "running" and r.expired)]
         engine = self.engines[engine]
         buried = [r for r in free if r.is_given_up]
-        trials = [r for r in free if r not in buried and r.is_last_attempt]
-        suspects = [i for i, r in self.truth.items() if self.holder_of(i) == engine and r.tries and not r.expired]
-        waiting = any(r.state == "queued" and (batch_room or r.lane != pb.BATCH) for r in trials)
-        plain = [r for r in free if r not in buried and r not in trials]
+        here = [r for i, r in self.truth.items() if self.holder_of(i) == engine and not r.expired]
+        open_to = [r for r in free if r not in buried and (batch_room or r.lane != pb.BATCH)]
+        plain = [r for r in free if r not in buried and not r.is_last_attempt and r.may_join(here)]
         batch = sum(r.lane == pb.BATCH for r in plain)
         got = self.run(self.queue.lease(MODEL.name, engine, room, batch=Room(batch_room)))
         assert len(got) <= room
         assert sum(lease.is_batch for lease in got) <= batch_room
-        if self.trials.get(engine) in suspects or (waiting and suspects):
+        taken = [self.truth[lease.request_id] for lease in got]
+        for i, one in enumerate(taken):
+            assert one.may_join([*here, *(replace(r, attempts=r.attempts + 1, tries=1) for r in taken[:i])])
+        if (trial := self.trials.get(engine)) in here and trial is not None and trial.tries:
             assert got == [], "a trial is alone with what has moved on"
-        elif waiting or any(self.truth[lease.request_id] in trials for lease in got):
-            assert len(got) == 1 and self.truth[got[0].request_id] in trials and not suspects
-        elif not trials:
+        elif any(r.is_last_attempt for r in taken):
+            assert len(got) == 1, "nothing joins a trial"
+        elif not here:
+            assert got or not open_to, "an idle engine takes something"
+        elif set(plain) == set(free):
             assert len(got) >= min(room, len(plain) - batch + min(batch, batch_room))
         for lease in got:
             known = self.truth[lease.request_id]
             assert known in free
             assert (lease.epoch, list(lease.token_ids)) == (known.epoch + 1, known.tokens)
             known.state, known.expired = "running", False
-            if known in trials:
-                self.trials[engine] = lease.request_id
+            if known.is_last_attempt:
+                self.trials[engine] = known
             known.epoch, known.attempts, known.tries = lease.epoch, known.attempts + 1, known.tries + 1
             assert lease.attempt == known.attempts <= 2 * SETTINGS.max_attempts
             assert known.tries <= SETTINGS.max_attempts

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -192,6 +193,36 @@ async def test_two_that_kill_their_engines_take_nobody_along(queue: RequestQueue
             await queue.append_many([Append(lease.request_id, lease.epoch, done) for lease in leases])
     reasons = {name: (await queue.status(name)).finish.reason for name in (*first, *second)}
     assert {name for name, reason in reasons.items() if reason != pb.STOP} == killers
+
+
+async def test_what_kills_its_engine_after_some_tokens_takes_nobody_along(queue: RequestQueue) -> None:
+    """Two of 40 kill their engine once all in it have journalled a token, again and again. There are two engines at any
+    time, and what one leaves behind goes to the other. Nobody else is given up."""
+    names, killers, tokens = [f"r{i}" for i in range(40)], {"r7", "r23"}, Counter[str]()
+    for name in names:
+        await queue.submit(_submission(name, max_tokens=16))
+    running: dict[str, list[Lease]] = {"engine-0": [], "engine-1": []}
+    deaths = 0
+    for _ in range(200):
+        for engine in list(running):
+            leases = running[engine]
+            leases += await queue.lease(MODEL.name, engine, 64 - len(leases))
+            for lease in list(leases):
+                name, at = lease.request_id, tokens[lease.request_id]
+                step = pb.GenerateResponse(offset=at, token_ids=[at])
+                if at == 15 and name not in killers:
+                    step.finish.reason = pb.STOP
+                    leases.remove(lease)
+                assert await queue.append_many([Append(name, lease.epoch, step)]) == [Held.OK]
+                tokens[name] += 1
+            if killers & {lease.request_id for lease in leases}:
+                await queue.abandon(engine, "segmentation fault")
+                del running[engine]
+                deaths += 1
+                running[f"engine-{deaths + 1}"] = []
+    reasons = {name: (await queue.status(name)).finish.reason for name in names}
+    assert {name for name, reason in reasons.items() if reason != pb.STOP} == killers
+    assert deaths <= 2 * 2 * QUICK.max_attempts
 
 
 async def test_a_trial_waits_for_suspects_and_nothing_joins_it(queue: RequestQueue) -> None:
