@@ -150,7 +150,7 @@ class Call:
 
     def sum_into(self, out: torch.Tensor) -> bool:
         """Sum over a token's pairs in slot order, weighted, in float32, rounded once; whether all sums are finite."""
-        return not native.combine(ctypes.addressof(self.call), out.data_ptr(), self.dtype)
+        return not native.combine(ctypes.addressof(self.call), out.data_ptr(), self.dtype, self.owner.fused)
 
     def doubtful(self) -> np.ndarray:
         """bool [pairs]: whose row is not finite although its token's x is."""

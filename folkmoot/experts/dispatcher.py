@@ -63,8 +63,10 @@ class Shape:
 class Dispatcher:
     """Serves one forward pass at a time; maps may arrive meanwhile from the feed's thread."""
 
-    def __init__(self, config: DispatchConfig) -> None:
+    def __init__(self, config: DispatchConfig, *, fused: bool = True) -> None:
+        """`fused`: whether rows are added by fused multiply-adds; else each product is rounded first."""
         self.config = config
+        self.fused = fused
         self.incarnation = time.time_ns()
         self._secret = secret.read(config.secret_file)
         self.rows_served: dict[str, int] = {}
@@ -91,11 +93,11 @@ class Dispatcher:
             self._feed = MapFeed(config.feed, self.use_map, answers)
 
     @staticmethod
-    def from_env() -> "Dispatcher":
+    def from_env(*, fused: bool = True) -> "Dispatcher":
         """Build from the environment variable FOLKMOOT_DISPATCH. Raises DispatchError."""
         if ENVIRONMENT not in os.environ:
             raise DispatchError(f"{ENVIRONMENT} is not set")
-        return Dispatcher(DispatchConfig.from_json(os.environ[ENVIRONMENT]))
+        return Dispatcher(DispatchConfig.from_json(os.environ[ENVIRONMENT]), fused=fused)
 
     def use_map(self, expert_map: ExpertMap) -> None:
         """Adopt a newer map: connect to its new hosts, drop the links of those that left. Any thread may call.

@@ -436,9 +436,11 @@ static inline uint32_t not_finite(float f) { /* as integers, which a compiler tu
         return odd;                                                         \
     }
 
-/* The first row is multiplied, the others are fused multiply-adds: as vLLM's kernel does it in float32. */
+/* The first row is multiplied, the others are added, each by a fused multiply-add or by a product that is rounded: as
+ * vLLM's kernel does it in float32. */
 #define COMBINE(NAME, T, LOAD, STORE)                                                                          \
-    CLONES static uint32_t NAME(T *restrict out, const uint8_t *const *rows, const float *w, int k, int64_t hidden) { \
+    CLONES static uint32_t NAME(T *restrict out, const uint8_t *const *rows, const float *w, int k, int fused, \
+                                int64_t hidden) {                                                              \
         uint32_t odd = 0;                                                                                      \
         for (int64_t base = 0; base < hidden; base += 256) {                                                   \
             float acc[256] = {0};                                                                              \
@@ -448,7 +450,8 @@ static inline uint32_t not_finite(float f) { /* as integers, which a compiler tu
                 if (!rows[s]) continue;                                                                        \
                 const T *r = (const T *)rows[s] + base;                                                        \
                 if (first) for (int64_t i = 0; i < n; i++) acc[i] = w[s] * LOAD(r[i]);                         \
-                else for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(w[s], LOAD(r[i]), acc[i]);        \
+                else if (fused) for (int64_t i = 0; i < n; i++) acc[i] = __builtin_fmaf(w[s], LOAD(r[i]), acc[i]); \
+                else for (int64_t i = 0; i < n; i++) acc[i] += w[s] * LOAD(r[i]);                              \
                 first = 0;                                                                                     \
             }                                                                                                  \
             for (int64_t i = 0; i < n; i++) out[base + i] = STORE(acc[i]), odd |= not_finite(acc[i]);          \
@@ -474,15 +477,15 @@ static uint32_t find(const uint8_t *row, int64_t row_bytes, int dtype) {
 
 /* out[t] = sum over t's pairs, in slot order, of factors[p] * *rows[p]: accumulated in float32, rounded once. Returns
  * whether some sum is not finite. (It is not where a row is not, whatever its weight, so the rows need no look.) */
-int fm_combine(const struct call *c, void *out, int dtype) {
+int fm_combine(const struct call *c, void *out, int dtype, int fused) {
     int64_t hidden = c->row_bytes / (dtype == F32 ? 4 : 2);
     uint32_t odd = 0;
     for (int t = 0; t < c->pairs / c->k; t++) {
         const uint8_t *const *rows = c->rows + (int64_t)t * c->k;
         const float *w = c->factors + (int64_t)t * c->k;
-        if (dtype == F32) odd |= combine_f32((float *)out + t * hidden, rows, w, c->k, hidden);
-        else if (dtype == BF16) odd |= combine_bf16((uint16_t *)out + t * hidden, rows, w, c->k, hidden);
-        else odd |= combine_f16((_Float16 *)out + t * hidden, rows, w, c->k, hidden);
+        if (dtype == F32) odd |= combine_f32((float *)out + t * hidden, rows, w, c->k, fused, hidden);
+        else if (dtype == BF16) odd |= combine_bf16((uint16_t *)out + t * hidden, rows, w, c->k, fused, hidden);
+        else odd |= combine_f16((_Float16 *)out + t * hidden, rows, w, c->k, fused, hidden);
     }
     return odd != 0;
 }

@@ -23,5 +23,6 @@ def register() -> None:
 
 def _dispatcher_from_environment() -> "Dispatch":
     from folkmoot.experts.dispatcher import Dispatcher
+    from folkmoot.experts.vllm_api import fuses_multiply_add
 
-    return Dispatcher.from_env()
+    return Dispatcher.from_env(fused=fuses_multiply_add())

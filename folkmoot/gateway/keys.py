@@ -40,7 +40,7 @@ class Keys:
         return f"{self.root}:leases:{model}:{lane}"
 
     def last(self, model: str, lane: Lane) -> str:
-        """Sorted set: entry of a request that was handed back and may not run beside all others -> its deadline (Unix ms)."""
+        """Sorted set: entry of a request handed back that may not run beside all others -> its deadline (Unix ms)."""
         return f"{self.root}:last:{model}:{lane}"
 
     def waiting(self, model: str, lane: Lane, tenant: str) -> str:

@@ -112,7 +112,7 @@ local function on_trial()
   local r = id and read(id)
   return r and r.tries > 0 and is_here(r)
 end
--- Of what runs here: how many are silent since their lease, have lost an engine, have lost many; and the smallest group.
+-- Of what runs here: how many are silent since their lease, have lost an engine, lost many; and the smallest group.
 local here
 local function note(r)
   local lost = r.attempts - 1

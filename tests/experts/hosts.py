@@ -23,13 +23,18 @@ from folkmoot.experts.host import ExpertServer, HostSpec
 from folkmoot.experts.warm import Control, exit_with_owner
 
 
-def expected(layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The routed output: slot order, float32 fused multiply-adds emulated in float64, rounded once."""
+def expected(
+    layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *, fused: bool = True
+) -> torch.Tensor:
+    """The routed output: slot order, float32 fused multiply-adds emulated in float64, rounded once; or without them."""
     total = torch.zeros(x.shape, dtype=torch.float32)
     for s in range(ids.shape[1]):
         row = expert_row(layer, x, ids[:, s]).float()
         product = row.double() * weights[:, s, None].double()
-        total = product.float() if s == 0 else (product + total.double()).float()
+        if fused and s > 0:
+            total = (product + total.double()).float()
+        else:
+            total = product.float() + total
     return total.to(x.dtype)
 
 

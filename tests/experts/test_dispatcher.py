@@ -49,6 +49,19 @@ def test_rows_are_exact(hosts: Hosts, transport: str, dtype: torch.dtype, k: int
     d.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_products_may_be_rounded_before_they_are_added(hosts: Hosts, dtype: torch.dtype) -> None:
+    hosts.start("a", hosts.all_layers(range(8)))
+    config = DispatchConfig("test", hosts.secret_file, map_path=hosts.write_map())
+    x, w, ids = batch(64, 4, dtype=dtype)
+    x *= 1.1  # so that products are not exact
+    fused, rounded = (Dispatcher(config, fused=fused).forward(3, x, w, ids)[0] for fused in (True, False))
+    assert torch.equal(fused, expected(3, x, w, ids))
+    assert torch.equal(rounded, expected(3, x, w, ids, fused=False))
+    if dtype == torch.float32:
+        assert not torch.equal(fused, rounded)
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_weighted_sums_come_close(hosts: Hosts, transport: str) -> None:
     hosts.start("a", hosts.all_layers([0, 1, 2, 3]))

@@ -117,7 +117,8 @@ def test_experts_of_a_layer_have_the_dtypes_that_they_are_given(runs: Runs, fold
     off = {letter: [d for of, d in seen["distances"] if of == letter] for letter in "48b"}
     assert len(seen["errors"]) % 8 == 0 < len(seen["errors"])
     assert len(off["4"]) == 5 and len(off["8"]) == 2
-    assert max(off["b"]) < 0.005 < min(off["8"]) and max(off["8"]) < 0.03 < min(off["4"]) and max(off["4"]) < 0.2
+    # vLLM's kernel for AVX2 cuts bfloat16 off where ours rounds, and is 0.006 from the float32 result; others 0.002.
+    assert max(off["b"]) < 0.0075 < min(off["8"]) and max(off["8"]) < 0.03 < min(off["4"]) and max(off["4"]) < 0.2
     assert seen["parts"][0] == 0 and sorted(seen["parts"]) == seen["parts"]
     assert seen["again"] == [], "the second time nothing is measured"
     for measured, made in seen["errors"]:

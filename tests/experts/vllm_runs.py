@@ -66,10 +66,14 @@ class InProcessDispatcher:
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over k in slot order, each step one float32 fused multiply-add: the product is exact in float64."""
+    """Weighted sum over k in slot order, in float32. A fused multiply-add is exact in float64 until it is rounded."""
     total = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
     for slot in range(rows.shape[1]):
-        total = (rows[:, slot].double() * weights[:, slot, None].double() + total.double()).float()
+        row, weight = rows[:, slot], weights[:, slot, None]
+        if vllm_api.fuses_multiply_add():
+            total = (row.double() * weight.double() + total.double()).float()
+        else:
+            total = row.float() * weight + total
     return total.to(rows.dtype)
 
 

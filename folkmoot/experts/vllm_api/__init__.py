@@ -14,6 +14,7 @@ parent that forks either. Each name is imported when it is first used, because i
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
     chunks.py      prompts computed in chunks on a CPU
     lanes.py       a scheduler in which batch requests step back for interactive ones
+    rounding.py    how vLLM's kernel rounds where it adds the rows of a token's experts
     traces.py      vLLM's own spans
     private.py     the list of private names relied on, and the check that names what a new version broke
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
     from folkmoot.experts.vllm_api.quantised import measure_errors
+    from folkmoot.experts.vllm_api.rounding import fuses_multiply_add
     from folkmoot.experts.vllm_api.traces import trace_requests
 
 _HOME = {
@@ -49,6 +51,7 @@ _HOME = {
     "broken_names": "private",
     "measure_errors": "quantised",
     "preimport": "imports",
+    "fuses_multiply_add": "rounding",
     "trace_requests": "traces",
 }
 
