@@ -28,6 +28,7 @@ class Owner(Protocol):
     """What a call needs of its dispatcher."""
 
     config: DispatchConfig
+    fused: bool
     rows_served: dict[str, int]
     counts: DispatchCounts
 

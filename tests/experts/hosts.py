@@ -31,10 +31,7 @@ def expected(
     for s in range(ids.shape[1]):
         row = expert_row(layer, x, ids[:, s]).float()
         product = row.double() * weights[:, s, None].double()
-        if fused and s > 0:
-            total = (product + total.double()).float()
-        else:
-            total = product.float() + total
+        total = (product + total.double()).float() if fused and s > 0 else product.float() + total
     return total.to(x.dtype)
 
 

@@ -67,6 +67,7 @@ __all__ = [
     "broken_names",
     "describe",
     "engine_arguments",
+    "fuses_multiply_add",
     "install",
     "load_experts",
     "measure_errors",

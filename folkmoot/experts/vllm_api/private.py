@@ -149,6 +149,11 @@ PRIVATE_NAMES = (
     PrivateName("vllm.v1.engine.output_processor.OutputProcessor", members=("tracing_enabled",)),
     PrivateName("vllm.config.ObservabilityConfig", members=("otlp_traces_endpoint",)),
     PrivateName("vllm.v1.core.block_pool.BlockPool.get_num_free_blocks"),
+    PrivateName(
+        "vllm._custom_ops.cpu_fused_moe",
+        ("out", "input", "w13", "w2", "w13_bias", "w2_bias", "topk_weights", "topk_ids", "act", "isa", "skip_weighted"),
+    ),
+    PrivateName("vllm._custom_ops.cpu_prepack_moe_weight", ("weight", "isa")),
     PrivateName("torch.cpu._is_amx_tile_supported"),
     PrivateName("torch.cpu._init_amx"),
 )
