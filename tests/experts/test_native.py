@@ -72,7 +72,7 @@ class Hop:
 
     def combine(self) -> np.ndarray:
         out = np.zeros_like(self.x)
-        native.combine(ctypes.addressof(self.call), out.ctypes.data, 0)
+        native.combine(ctypes.addressof(self.call), out.ctypes.data, 0, True)
         return out
 
 
@@ -194,9 +194,9 @@ def test_a_reply_that_does_not_match_is_refused(change: dict[str, int]) -> None:
     assert not hop.done.any()
 
 
-@given(st.integers(1, 600), st.integers(1, 5), st.integers(0, 1 << 30))
+@given(st.integers(1, 600), st.integers(1, 5), st.integers(0, 1 << 30), st.booleans())
 @settings(deadline=None, max_examples=50)
-def test_combine_rounds_once(hidden: int, k: int, seed: int) -> None:
+def test_combine_rounds_once(hidden: int, k: int, seed: int, fused: bool) -> None:
     """bf16 and fp16: float32 accumulation in slot order, one rounding to nearest even at the end."""
     g = torch.Generator().manual_seed(seed)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -204,14 +204,17 @@ def test_combine_rounds_once(hidden: int, k: int, seed: int) -> None:
         w = torch.rand(k, generator=g)
         total = w[0] * rows[0].float()
         for s in range(1, k):
-            total = (w[s].double() * rows[s].double() + total.double()).float()
+            if fused:
+                total = (w[s].double() * rows[s].double() + total.double()).float()
+            else:
+                total = w[s] * rows[s].float() + total
         pointers = np.array([rows[s].data_ptr() for s in range(k)], np.uint64)
         out = torch.empty(hidden, dtype=dtype)
         call = native.Call(
             rows=pointers.ctypes.data, factors=w.data_ptr(), pairs=k, k=k, row_bytes=hidden * dtype.itemsize
         )
         code = native.DTYPES[str(dtype).removeprefix("torch.")]
-        native.combine(ctypes.addressof(call), out.data_ptr(), code)
+        native.combine(ctypes.addressof(call), out.data_ptr(), code, fused)
         assert torch.equal(out, total.to(dtype))
 
 
