@@ -225,7 +225,7 @@ end
 
 -- Requests that stand apart. Returns whether nothing else is to be leased now: one is on trial, or waits for what is
 -- silent, which will soon be so no more. Others may wait for long, and stop nobody.
-local SEEN = 64
+local SEEN = 64 -- of a lane: who does not fit is read again at each lease
 local function take_apart()
   for _, lane in ipairs({'interactive', 'batch'}) do
     local found = {model = model, lane = lane, state = 'waiting', tenant = ''}

@@ -220,9 +220,10 @@ async def test_what_kills_its_engine_after_some_tokens_takes_nobody_along(queue:
                 del running[engine]
                 deaths += 1
                 running[f"engine-{deaths + 1}"] = []
-    reasons = {name: (await queue.status(name)).finish.reason for name in names}
-    assert {name for name, reason in reasons.items() if reason != pb.STOP} == killers
-    assert deaths <= 2 * 2 * QUICK.max_attempts
+    finishes = {name: (await queue.status(name)).finish for name in names}
+    assert {name for name, finish in finishes.items() if finish.reason != pb.STOP} == killers
+    assert {finishes[name].message for name in killers} == {"given up after 8 attempts; last: segmentation fault"}
+    assert 2 * QUICK.max_attempts <= deaths <= 2 * 2 * QUICK.max_attempts
 
 
 async def test_a_trial_waits_for_suspects_and_nothing_joins_it(queue: RequestQueue) -> None:

@@ -4,12 +4,15 @@ The build that vLLM loads on processors with AVX-512 adds by fused multiply-adds
 first. So the same checkpoint gives other last bits there, and the dispatcher must do as the kernel beside it would.
 """
 
+import functools
+
 import torch
 from vllm import _custom_ops as ops
 
 TOKENS, EXPERTS, HIDDEN = 8, 4, 32
 
 
+@functools.cache
 def fuses_multiply_add() -> bool:
     """Whether it does, found by asking it; True where there is no such kernel, or it does neither. Uses OpenMP."""
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
