@@ -14,6 +14,7 @@ A run whose faults did not all happen has failed, and exits with 1, as does one 
 """
 
 import asyncio
+import os
 import random
 import secrets
 import sys
@@ -30,6 +31,7 @@ from benchmarks.clusters import Cluster
 from benchmarks.engines import prompts_of
 from benchmarks.faults import DidNotHappen, Fault
 from benchmarks.load import TIMEOUT_S, Answer, Faults, Question
+from folkmoot.experts import warm
 from folkmoot.gateway.client import AsyncClient, FolkmootError
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--engines", "2", "--hosts", "3", "--replicas", "2")
@@ -195,6 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds = 40.0 if args.quick else args.seconds
     plan = schedule(seconds, args.seed)
+    os.environ.pop(warm.SEEDS, None)  # the death of a warm parent shall cost an import
     with tempfile.TemporaryDirectory(prefix="fm-ck-") as name:
         model = tiny("mixtral", Path(name) / "tiny", dtype="float32")
         with Cluster(model, OPTIONS, gateways=2) as cluster:

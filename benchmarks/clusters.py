@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from folkmoot.cluster import processes, warm_files
 from folkmoot.cluster.state_file import ClusterState, StateFolder
+from folkmoot.experts import warm
 from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
@@ -167,8 +168,8 @@ class Cluster:
         return False
 
     def pids(self, role: Role) -> list[int]:
-        """The living processes of a role. Only descendants of this cluster's supervisor are looked at."""
-        table = process_table(self.state.pid)
+        """The living processes of a role."""
+        table = self._table()
         if role in TITLES:
             found = [pid for pid, (_, command) in table.items() if TITLES[role] in command]
             own = [p.pid for p in self._own.values() if p.poll() is None] if role is Role.GATEWAY else []
@@ -180,7 +181,12 @@ class Cluster:
 
     def all_pids(self) -> list[int]:
         """Every process of the cluster."""
-        return [self.state.pid, *process_table(self.state.pid), *(p.pid for p in self._own.values())]
+        return [self.state.pid, *self._table(), *(p.pid for p in self._own.values())]
+
+    def _table(self) -> dict[int, tuple[int, str]]:
+        """All descendants of the supervisor, and what was forked from a seed, which is none but logs to its files."""
+        seeded = processes_with_files_in(self.folder.logs) if warm.SEEDS in os.environ else []
+        return process_table(self.state.pid) | rows_of(seeded)
 
     def _wanted(self, option: str) -> int:
         return int(self.options[self.options.index(option) + 1]) if option in self.options else 1
@@ -195,8 +201,23 @@ class Cluster:
 
 def process_table(root: int) -> dict[int, tuple[int, str]]:
     """All descendants of a process: {pid: (parent, command line)}."""
+    return rows_of(processes.descendants(root))
+
+
+def processes_with_files_in(folder: Path) -> list[int]:
+    """Those that have a file below `folder` open, but for this one."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(fd).startswith(f"{folder}/") for fd in (entry / "fd").iterdir()):
+                found.append(int(entry.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def rows_of(pids: Iterable[int]) -> dict[int, tuple[int, str]]:
+    """{pid: (parent, command line)} of those that still run."""
     table = {}
-    for pid in processes.descendants(root):
+    for pid in pids:
         with contextlib.suppress(OSError, IndexError):
             entry = Path("/proc") / str(pid)
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])

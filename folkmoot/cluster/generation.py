@@ -76,11 +76,12 @@ class Generator:
         self.dispatch = DispatchTrace()
 
     def on_ended(self, lease: Lease, why: Held) -> None:
-        """The lease ended elsewhere (cancelled, deadline, taken over): drop the request."""
+        """The lease ended elsewhere (cancelled, deadline, taken over): drop the request, unless it has finished here
+        and only its finish came too late."""
+        with logs.bound(**ids_of(lease)):
+            log.info("%s ended: %s", public(lease.request_id), why)
         task = self._tasks.get((lease.request_id, lease.epoch))
         if task is not None:
-            with logs.bound(**ids_of(lease)):
-                log.info("%s ended: %s", public(lease.request_id), why)
             task.cancel()
 
     async def run(self, holder: LeaseHolder, stopping: asyncio.Event) -> None:

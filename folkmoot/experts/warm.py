@@ -45,6 +45,9 @@ MAX_MESSAGE_BYTES = 64 << 20
 REQUEST_TIMEOUT_S = 5.0
 MAX_WAITING = 64
 
+SEEDS = "FOLKMOOT_WARM_SEEDS"
+"""Names a socket where seeds are given out (warm_seed.py): warm parents are forked of those, and do not import vLLM."""
+
 OPENMP: Mapping[str, str] = {"GOMP_SPINCOUNT": "20000"}
 """How long OpenMP's workers spin after a parallel region, where an engine and its hosts share cores with nobody else:
 docs/performance.md."""
@@ -286,6 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--import", dest="modules", action="append", help="import this module, and not vLLM (repeatable)")
     args = p.parse_args(argv)
     logs.set_up("warm")
+    owner = sys.stdin if args.with_parent else None
+    if (seeds := os.environ.get(SEEDS)) and not args.modules:
+        from folkmoot.experts import warm_seed
+
+        sys.exit(warm_seed.follow(Path(seeds), args.socket, owner))
     began = time.monotonic()
     gc.disable()  # what is imported stays: looking for garbage among it takes 7% of the time
     if args.modules:
@@ -299,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     gc.freeze()  # a collection in a child would touch, and so copy, every inherited page
     log.info("imported in %.1f s, %d threads", time.monotonic() - began, threading.active_count())
     with contextlib.suppress(SystemExit):  # SIGTERM
-        serve_forks(args.socket, sys.stdin if args.with_parent else None)
+        serve_forks(args.socket, owner)
     logging.shutdown()
     os._exit(0)  # to take apart what was imported takes a third of a second, and brings warnings
 

@@ -24,23 +24,27 @@ UP_TIMEOUT_S = 240.0
 FLOAT32 = ("--dtype", "float32", "--max-model-len", "512")
 """vLLM's "auto" makes bfloat16 of a float32 checkpoint."""
 MARKER = "FOLKMOOT_TEST_CLUSTER"
+STATE_LINK = "state-"
+"""Begins the names of links, among a cluster's temporary files, to its folder of state."""
 
 
 def processes_of(marker: str) -> dict[int, str]:
     """All processes, of whatever parent, that inherited this marker in their environment, or (since Ray's processes
-    write their title over their environment) have a file of the cluster open."""
+    write their title over theirs, and what comes of a seed has the seed's) have a file of the cluster open."""
+    temp = Path(temp_of(marker))
+    folders = (str(temp), *(os.readlink(link) for link in temp.glob(f"{STATE_LINK}*")))
     return {
         int(entry.name): (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _is_of(entry, marker)
+        if entry.name.isdigit() and _is_of(entry, marker, folders)
     }
 
 
-def _is_of(process: Path, marker: str) -> bool:
+def _is_of(process: Path, marker: str, folders: tuple[str, ...]) -> bool:
     try:
         if f"{MARKER}={marker}".encode() in (process / "environ").read_bytes().split(b"\0"):
             return True
-        return any(os.readlink(fd).startswith(temp_of(marker)) for fd in (process / "fd").iterdir())
+        return any(os.readlink(fd).startswith(folders) for fd in (process / "fd").iterdir())
     except OSError:
         return False
 
@@ -91,7 +95,9 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Marks every process that comes of it."""
-        Path(temp_of(self.marker)).mkdir(exist_ok=True)
+        temp = Path(temp_of(self.marker))
+        temp.mkdir(exist_ok=True)
+        (link := temp / f"{STATE_LINK}{self.name}").is_symlink() or link.symlink_to(self.state_dir / self.name)
         return {**os.environ, **self.variables, MARKER: self.marker, "TMPDIR": temp_of(self.marker)}
 
     def up(self, *arguments: str) -> None:

@@ -1,6 +1,7 @@
 """How much an engine leases: interactive requests up to all its slots, batch ones up to their share of what is left.
 And how it journals them."""
 
+import logging
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from folkmoot.cluster.generation import Generator
 from folkmoot.cluster.prompts import UNSEEN_PIECE, Prepared, Preparer, tokens_of_a_piece
 from folkmoot.cluster.replay import FORCED
 from folkmoot.gateway.pb import gateway_pb2 as pb
-from folkmoot.gateway.queue import Lease, Room
+from folkmoot.gateway.queue import Held, Lease, Room
 
 
 def lease(number: int, lane: "pb.Lane", cost: int) -> Lease:
@@ -45,6 +46,15 @@ def test_for_a_minute_after_an_interactive_request_room_is_kept_for_the_next(mon
     assert generator._rooms() == (8, Room(6, 100))
     now[0] += 2.0
     assert generator._rooms() == (8, Room(8, 150))
+
+
+def test_of_every_lease_that_ended_elsewhere_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the answer was whole here, and only its finish came too late."""
+    nothing: Any = None
+    generator = Generator(nothing, nothing, 8, Room(6, 100), Room(8, 150), lambda: True)
+    with caplog.at_level(logging.INFO):
+        generator.on_ended(lease(1, pb.INTERACTIVE, 5), Held.LOST)
+    assert [record.getMessage() for record in caplog.records] == ["r1 ended: lost"]
 
 
 def test_a_request_that_lost_an_engine_is_journalled_token_by_token() -> None:
