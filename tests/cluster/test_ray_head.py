@@ -23,7 +23,7 @@ def test_the_idle_agent_lives_as_long_as_its_raylet() -> None:
         assert raylet.stdout is not None
         agent = int(raylet.stdout.readline())
         with pytest.raises(AssertionError):
-            eventually(lambda: not is_alive(agent), 1.5, "it ends before its raylet")
+            eventually(lambda: not is_alive(agent), 0.5, "it ends before its raylet")
         raylet.kill()
     eventually(lambda: not is_alive(agent), 10.0, "it ends after it")
 
