@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c $(wildcard folkm
 demo: install    ## ask a real model three questions, kill one of its expert actors, see the same answer
 	$(BIN)/folkmoot demo
 
-test: install    ## every test; 40 minutes on two cores, more without AVX-512
+test: install    ## every test; half an hour on two cores, more on slow ones
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS)
 	$(BIN)/python -m pytest -m slow
 
