@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from folkmoot.experts import warm
+
 INIT = """
 set -e
 mount -t tmpfs none /dev/shm
@@ -76,8 +78,10 @@ def why_not() -> str | None:
 def _make(number: int, folder: Path, temp: Path, token: str) -> Node:
     private = folder / f"node-{number}"
     private.mkdir()
+    # No seeds: what is forked from one is on the node where that was started.
+    ours = {name: value for name, value in os.environ.items() if name != warm.SEEDS}
     environment = {
-        **os.environ, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        **ours, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temp),
     }  # fmt: skip
     command = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child", "sh", "-c", INIT, "init"]

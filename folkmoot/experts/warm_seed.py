@@ -1,8 +1,9 @@
 """Seeds: warm parents that fork warm parents, so that who starts one cluster after another imports vLLM once.
 
-For tests and benchmarks, which start dozens. Where FOLKMOOT_WARM_SEEDS names the socket of a `Seeds`, a warm parent
-does not import vLLM: it asks there for a seed, has it fork, and only watches over the fork, which listens in its stead
-and ends with it. There is one seed for each environment as an import may read it, started when it is first asked for.
+For tests and benchmarks, which start dozens, on one node. Where FOLKMOOT_WARM_SEEDS names the socket of a `Seeds`, a
+warm parent does not import vLLM: it asks there for a seed, has it fork, and only watches over the fork, which listens
+in its stead and ends with it. There is one seed for each environment as an import may read it, started when it is first
+asked for.
 
 A seed does not see what changes in the code after its start. And a fork is no descendant of who asked for it.
 """
@@ -108,6 +109,8 @@ def follow(seeds: Path, socket_path: Path, owner: Any = None) -> int:
     seed = warm.connect(_ask(seeds), IMPORT_TIMEOUT_S)
     fork = seed.spawn("folkmoot.experts.warm_seed:serve", spec, Path("/proc/self/fd/1").resolve())
     log.info("forked from the seed at %s: %d", seed.socket_path, fork.pid)
+    if not fork.is_alive():
+        return 1
     with contextlib.suppress(SystemExit):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         watched: Sequence[Any] = [fork.pidfd, *([] if owner is None else [owner])]
