@@ -11,7 +11,8 @@ transformers its static and its continuous batching and each of its implementati
 all that is measured here.
 
     over_transformers_worst, _best    over all batch sizes, in bf16
-    over_vllm                         the geometric mean over all batch sizes, in bf16; over_vllm_int8 with int8 experts
+    over_vllm                         the geometric mean over all batch sizes, in bf16
+    over_vllm_int8, _int4             the same with such experts of ours
     itl_p99_over_p50                  inter-token latency at a client, 8 of which load a whole cluster steadily
 
     python -m benchmarks.speed --json speed.json
@@ -48,6 +49,7 @@ SPEED_UPS: Mapping[str, Mapping[str, Any]] = {
 }
 PLAIN: Mapping[str, Any] = {"enable_chunked_prefill": False}
 VLLM_DEFAULTS: Mapping[str, Any] = {"enforce_eager": None, "enable_prefix_caching": None}
+QUANTISED = ("int8", "int4")
 OURS, VLLM, TRANSFORMERS = "ours", "vLLM", "transformers"
 
 Contestant: TypeAlias = tuple[str, str]
@@ -93,7 +95,8 @@ def contestants(bench: Bench, subject: Subject, pools: Mapping[str, Pool]) -> di
 
     for form, arguments in forms.items():
         ours(form, arguments)
-    ours("together, int8", forms["together"], "int8")
+    for dtype in QUANTISED:
+        ours(f"together, {dtype}", forms["together"], dtype)
     for form, arguments in {**subject.vllm, "together": forms["together"]}.items():
         found[VLLM, form] = bench.engine(subject.checkpoint, openmp={}, **common, **arguments).wait().generate
     peer = transformers_peer.start(bench, subject.checkpoint).wait()
@@ -118,7 +121,7 @@ def speeds(subject: Subject, found: Mapping[Contestant, Generate]) -> dict[tuple
 
 def best_of(measured: Mapping[tuple[Contestant, int], Sequence[float]], whose: str, batch: int) -> Contestant:
     """The quickest form at that batch size; of ours those in bf16."""
-    forms = [c for c, b in measured if c[0] == whose and b == batch and "int8" not in c[1]]
+    forms = [c for c, b in measured if c[0] == whose and b == batch and not c[1].endswith(QUANTISED)]
     return max(forms, key=lambda c: statistics.median(measured[c, batch]))
 
 
@@ -129,7 +132,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def measure(bench: Bench, subject: Subject) -> tuple[list[list[object]], dict[str, float]]:
     """Rows of the table, and figures: over transformers and over vLLM at each batch size."""
-    pools = {dtype: bench.pool(subject.checkpoint, 2, 2, expert_dtype=dtype) for dtype in ("checkpoint", "int8")}
+    pools = {dtype: bench.pool(subject.checkpoint, 2, 2, expert_dtype=dtype) for dtype in ("checkpoint", *QUANTISED)}
     measured = speeds(subject, contestants(bench, subject, pools))
     rows: list[list[object]] = []
     figures: dict[str, float] = {}
@@ -143,23 +146,28 @@ def measure(bench: Bench, subject: Subject) -> tuple[list[list[object]], dict[st
         for whose, key in ((VLLM, "vllm"), (TRANSFORMERS, "transformers")):
             peer, end = measured[best[whose], batch], f"{subject.name}_bs{batch}"
             figures[f"over_{key}_{end}"] = ratio(measured[best[OURS], batch], peer)
-            figures[f"over_{key}_int8_{end}"] = ratio(measured[(OURS, "together, int8"), batch], peer)
+            for dtype in QUANTISED:
+                figures[f"over_{key}_{dtype}_{end}"] = ratio(measured[(OURS, f"together, {dtype}"), batch], peer)
     return rows, figures
 
 
 def summary(figures: Mapping[str, float]) -> dict[str, float]:
     """Pure: over all models and batch sizes."""
 
-    def of(key: str) -> list[float]:
-        return [v for k, v in figures.items() if k.startswith(key) and ("int8" in k) == ("int8" in key)]
+    def of(peer: str, dtype: str = "") -> list[float]:
+        """In that dtype; none: in bf16."""
+        rest = {k.removeprefix(f"over_{peer}_"): v for k, v in figures.items() if k.startswith(f"over_{peer}_")}
+        return [v for k, v in rest.items() if (k.startswith(dtype) if dtype else not k.startswith(QUANTISED))]
 
-    return {
-        "over_transformers_best": max(of("over_transformers")),
-        "over_transformers_worst": min(of("over_transformers")),
-        "over_vllm": statistics.geometric_mean(of("over_vllm")),
-        "over_vllm_int8": statistics.geometric_mean(of("over_vllm_int8")),
-        "over_transformers_int8_worst": min(of("over_transformers_int8")),
+    found = {
+        "over_transformers_best": max(of("transformers")),
+        "over_transformers_worst": min(of("transformers")),
+        "over_vllm": statistics.geometric_mean(of("vllm")),
     }
+    for dtype in QUANTISED:
+        found[f"over_vllm_{dtype}"] = statistics.geometric_mean(of("vllm", dtype))
+        found[f"over_transformers_{dtype}_worst"] = min(of("transformers", dtype))
+    return found
 
 
 def text_prompts(checkpoint: Path) -> Prompts:
