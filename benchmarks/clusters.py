@@ -204,12 +204,12 @@ def process_table(root: int) -> dict[int, tuple[int, str]]:
     return rows_of(processes.descendants(root))
 
 
-def processes_with_files_in(folder: Path) -> list[int]:
-    """Those that have a file below `folder` open, but for this one."""
-    found = []
+def processes_with_files_in(*folders: Path) -> list[int]:
+    """Those that have a file below one of `folders` open, but for this one."""
+    found, begins = [], tuple(f"{folder}/" for folder in folders)
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if any(os.readlink(fd).startswith(f"{folder}/") for fd in (entry / "fd").iterdir()):
+            if any(os.readlink(fd).startswith(begins) for fd in (entry / "fd").iterdir()):
                 found.append(int(entry.name))
     return [pid for pid in found if pid != os.getpid()]
 

@@ -78,12 +78,11 @@ def why_not() -> str | None:
 def _make(number: int, folder: Path, temp: Path, token: str) -> Node:
     private = folder / f"node-{number}"
     private.mkdir()
-    # No seeds: what is forked from one is on the node where that was started.
-    ours = {name: value for name, value in os.environ.items() if name != warm.SEEDS}
     environment = {
-        **ours, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        **os.environ, "TMPDIR": str(temp), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(temp),
     }  # fmt: skip
+    environment.pop(warm.SEEDS, None)  # what is forked from a seed is on the node where that was started
     command = ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "--kill-child", "sh", "-c", INIT, "init"]
     command += [str(private), str(temp)]
     init = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -12,7 +12,7 @@ all that is measured here.
 
     over_transformers_worst, _best    over all batch sizes, in bf16
     over_vllm                         the geometric mean over all batch sizes, in bf16
-    over_vllm_int8, _int4             the same with such experts of ours
+    over_vllm_int8, _int4             the same with such experts of ours; over_transformers_int8_worst, _int4_worst too
     itl_p99_over_p50                  inter-token latency at a client, 8 of which load a whole cluster steadily
 
     python -m benchmarks.speed --json speed.json

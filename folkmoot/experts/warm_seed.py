@@ -9,6 +9,7 @@ A seed does not see what changes in the code after its start. And a fork is no d
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import select
@@ -27,7 +28,6 @@ from setproctitle import getproctitle
 from folkmoot import logs
 from folkmoot.experts import warm
 from folkmoot.experts.handshake import check_user
-from folkmoot.experts.wire import WireError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Seeds:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "seeds.sock"
         self.started: dict[tuple[tuple[str, str], ...], tuple[Path, subprocess.Popen[bytes]]] = {}
-        self._directory = directory
+        self._directory, self._numbers = directory, itertools.count()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._run, name="seeds", daemon=True)
 
@@ -70,16 +70,19 @@ class Seeds:
                 sock, _ = self._listener.accept()
             except OSError:
                 return  # shut down
-            with sock, contextlib.suppress(OSError, EOFError, WireError, warm.WarmParentError):
-                check_user(sock)
-                control = warm.Control(sock)
-                if (request := control.receive(ASK_TIMEOUT_S)) is not None:
-                    control.send({"seed": str(self._seed(request["environment"]))})
+            try:
+                with sock:
+                    check_user(sock)
+                    control = warm.Control(sock)
+                    if (request := control.receive(ASK_TIMEOUT_S)) is not None:
+                        control.send({"seed": str(self._seed(request["environment"]))})
+            except Exception:  # whoever asks next shall have an answer
+                log.exception("a request for a seed could not be answered")
 
     def _seed(self, environment: Mapping[str, str]) -> Path:
         key = tuple(sorted(item for item in environment.items() if _is_read(item[0])))
         if key not in self.started or self.started[key][1].poll() is not None:
-            path = self._directory / f"{len(self.started)}.sock"
+            path = self._directory / f"{next(self._numbers)}.sock"
             command = [sys.executable, "-m", "folkmoot.experts.warm", "--socket", str(path), "--with-parent"]
             ours = {name: value for name, value in os.environ.items() if not _is_read(name) and name != warm.SEEDS}
             with path.with_suffix(".log").open("ab") as out:

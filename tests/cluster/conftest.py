@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.checkpoints import tiny
+from benchmarks.clusters import processes_with_files_in, rows_of
 from folkmoot.gateway.client import Client
 from tests.otlp import Collector
 
@@ -33,21 +34,15 @@ def processes_of(marker: str) -> dict[int, str]:
     """All processes, of whatever parent, that inherited this marker in their environment, or (since Ray's processes
     write their title over theirs, and what comes of a seed has the seed's) have a file of the cluster open."""
     temp = Path(temp_of(marker))
-    folders = (str(temp), *(os.readlink(link) for link in temp.glob(f"{STATE_LINK}*")))
-    return {
-        int(entry.name): (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _is_of(entry, marker, folders)
-    }
+    pids = processes_with_files_in(temp, *(link.readlink() for link in temp.glob(f"{STATE_LINK}*")))
+    return {pid: command[:120] for pid, (_, command) in rows_of({*pids, *_marked(marker)}).items()}
 
 
-def _is_of(process: Path, marker: str, folders: tuple[str, ...]) -> bool:
-    try:
-        if f"{MARKER}={marker}".encode() in (process / "environ").read_bytes().split(b"\0"):
-            return True
-        return any(os.readlink(fd).startswith(folders) for fd in (process / "fd").iterdir())
-    except OSError:
-        return False
+def _marked(marker: str) -> Iterator[int]:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{MARKER}={marker}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
 
 
 def temp_of(marker: str) -> str:
@@ -99,7 +94,9 @@ class Cluster:
         """Marks every process that comes of it."""
         temp = Path(temp_of(self.marker))
         temp.mkdir(exist_ok=True)
-        (link := temp / f"{STATE_LINK}{self.name}").is_symlink() or link.symlink_to(self.state_dir / self.name)
+        link = temp / f"{STATE_LINK}{self.name}"
+        if not link.is_symlink():
+            link.symlink_to(self.state_dir / self.name)
         return {**os.environ, **self.variables, MARKER: self.marker, "TMPDIR": temp_of(self.marker)}
 
     def up(self, *arguments: str) -> None:

@@ -37,21 +37,26 @@ def test_where_nobody_gives_out_seeds_an_error_says_so(short_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_warm_parents_of_one_seed(seeds: Seeds, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_parents_of_one_seed(
+    seeds: Seeds, short_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is in its own surroundings, and ends with who asked for it; what it forked stays with its own owner."""
     monkeypatch.setenv("VLLM_TEST_OF_SEEDS", "1")  # a seed of their own
     paths = [short_dir / name for name in ("one.sock", "two.sock")]
     started = []
-    for path in paths:
+    folders = [Path.cwd(), tmp_path]
+    for path, folder in zip(paths, folders, strict=True):
         monkeypatch.setenv("FOLKMOOT_TEST_NAME", path.stem)
+        monkeypatch.chdir(folder)
         started.append(warm.start(path, path.with_suffix(".log")))
+        warm.connect(path)
     try:
-        parents = [warm.connect(path) for path in paths]
-        path, seed = list(seeds.started.values())[-1]
-        assert path.with_suffix(".log").read_text().count("warm_seed:serve") == len(paths)
+        parents = [warm.WarmParent(path) for path in paths]
+        socket_path, seed = list(seeds.started.values())[-1]
+        assert socket_path.with_suffix(".log").read_text().count("warm_seed:serve") == len(paths)
         children = [one.spawn(ENTRY, {"modules": ["vllm"]}, short_dir / "log") for one in parents]
-        for name, child in zip(("one", "two"), children, strict=True):
-            assert child.receive(10) == {"name": name, "folder": os.getcwd(), "imported": ["vllm"]}
+        for path, folder, child in zip(paths, folders, children, strict=True):
+            assert child.receive(10) == {"name": path.stem, "folder": str(folder), "imported": ["vllm"]}
             assert child.pid in descendants(seed.pid)
         os.kill(started[0].pid, signal.SIGKILL)
         started[1].terminate()
