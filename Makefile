@@ -22,7 +22,7 @@ help:            ## show these targets
 
 install: $(STAMP)  ## make .venv with everything (EXTRA=cpu or gpu)
 
-$(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c $(wildcard folkmoot/experts/quantised*.[ch])
+$(STAMP): pyproject.toml constraints.txt folkmoot/experts/hop.c folkmoot/experts/keeper.c $(wildcard folkmoot/experts/quantised*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt -e '.[$(EXTRA),dev]'

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from folkmoot.cluster import processes, warm_files
 from folkmoot.cluster.state_file import ClusterState, StateFolder
-from folkmoot.experts import warm
+from folkmoot.experts import keeper, warm
 from folkmoot.gateway.client import Client
 
 UP_TIMEOUT_S = 300.0
@@ -215,14 +215,21 @@ def processes_with_files_in(*folders: Path) -> list[int]:
 
 
 def rows_of(pids: Iterable[int]) -> dict[int, tuple[int, str]]:
-    """{pid: (parent, command line)} of those that still run."""
+    """{pid: (parent, command line)} of those that still run. A keeper's command line is its owner's, so it gets its name
+    instead."""
     table = {}
     for pid in pids:
         with contextlib.suppress(OSError, IndexError):
             entry = Path("/proc") / str(pid)
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            table[pid] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            table[pid] = (parent, keeper.NAME if is_keeper(pid) else command)
     return table
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether it only keeps the memory of another process. Raises OSError where there is none."""
+    return Path(f"/proc/{pid}/comm").read_text().strip() == keeper.NAME
 
 
 def eventually(check: Callable[[], T], timeout_s: float) -> T:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from benchmarks.clusters import Cluster
+from benchmarks.clusters import Cluster, is_keeper
 
 PROCESSES, DESCRIPTORS = "processes ", "file descriptors of "
 MEMFD = re.compile(r"/memfd:(folkmoot[^ ]*)")
@@ -39,7 +39,7 @@ def take(cluster: Cluster) -> Snapshot:
     segments: set[tuple[str, int]] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            if title(pid) == STAND_IN:
+            if title(pid) == STAND_IN or is_keeper(pid):
                 continue
             counts[PROCESSES + title(pid)] += 1
             counts[DESCRIPTORS + title(pid)] += _descriptors(pid)

@@ -257,15 +257,21 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         help="rows: the answer does not depend on the placement; sum: fewer bytes come back",
     ),
     click.option(
+        "--hedge-s",
+        type=click.FloatRange(0.01, 10.0),
+        default=UpOptions.hedge_s,
+        show_default=True,
+        help="an expert host that is silent for this long, and four times what it lately took for as many rows, is "
+        "late: its rows are asked of a replica as well, and it is asked for no more until it has answered. "
+        "As much as --stall-s: never",
+    ),
+    click.option(
         "--stall-s",
         type=click.FloatRange(0.05, 10.0),
         default=UpOptions.stall_s,
         show_default=True,
-        help="an expert host that is silent for this long, and four times what it lately "
-        "took for as many rows, counts as "
-        "stalled: its rows go to a replica, and it is replaced. Lower: shorter pauses; "
-        "higher: safer on a busy machine. "
-        "The last replica of an expert is given 10 s",
+        help="one that is silent for this long, and those four times, counts as stalled, and is replaced. "
+        "Higher: safer on a busy machine. The last replica of an expert is given 10 s",
     ),
     click.option(
         "--rebalance",

@@ -15,7 +15,7 @@ from typing import Any
 from folkmoot.gateway.tracing import Attributes
 
 LOOK_EVERY_S = 0.05
-GROWING = ("calls", "rows", "rows_again", "dropped_hosts", "waited_s")
+GROWING = ("calls", "rows", "rows_again", "late_hosts", "dropped_hosts", "waited_s")
 
 
 @dataclass(eq=False)

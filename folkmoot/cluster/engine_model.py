@@ -45,6 +45,7 @@ class EngineSpec:
     transport: str
     combine: str
     background_workers: bool
+    hedge_s: float
     stall_s: float
     no_replica_timeout_s: float
     grace_s: float

@@ -42,7 +42,8 @@ ASK_TIMEOUT_S = 0.5
 GIVE_BACK_S = 2.0
 
 SHARED_WITH_DISPATCHER = (
-    *("engine", "feed", "secret_file", "transport", "combine", "background_workers", "stall_s", "no_replica_timeout_s"),
+    *("engine", "feed", "secret_file", "transport", "combine", "background_workers"),
+    *("hedge_s", "stall_s", "no_replica_timeout_s"),
 )
 
 

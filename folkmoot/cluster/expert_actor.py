@@ -2,7 +2,7 @@
 
 No row passes through it. It forks a process from the node's warm parent for each life of the host, and holds its
 control channel: when the actor dies, the process sees end-of-file and exits; when the process dies, `closed` answers,
-and the expert router has the next life started here, forked from a template that has loaded already.
+and the expert router has the next life started here: one in reserve, or a fork of a template that has loaded already.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from folkmoot.gateway.metrics import exposition
 
 log = logging.getLogger(__name__)
 
-HOST = "folkmoot.experts.host:main"
+HOST, RESERVE = "folkmoot.experts.host:main", "folkmoot.experts.host:reserve"
 TEMPLATE = 0
 """In place of an incarnation: a template's files are named so."""
 TEMPLATE_TIMEOUT_S = 1.0
@@ -76,7 +76,7 @@ class ExpertActor:
         self._host: str | None = None
         self._log = spec.log("host")
         self._processes: dict[int, _Process] = {}
-        self._template = Template(self._fork_template)
+        self._template = Template(self._fork_template, self._fork_reserve)
         self._rows_s: RowsPerS = ()
         self._metrics = asyncio.create_task(metrics_node.keep_serving(spec, f"actor-{os.getpid()}", self._text))
 
@@ -124,6 +124,13 @@ class ExpertActor:
         return Description(self._host, ray.get_runtime_context().get_node_id(), lives)
 
     async def _fork_life(self, host_spec: dict[str, Any], holding: Holding) -> Child:
+        if (reserve := self._template.take_reserve(holding)) is not None:
+            try:
+                reserve.send({"spec": host_spec})
+                return reserve
+            except OSError as e:
+                log.warning("the life in reserve is of no use: %s", e)
+                reserve.close()
         template = self._template.parent(holding)
         if template is not None:
             try:
@@ -141,6 +148,11 @@ class ExpertActor:
         host_spec = self._host_spec(self._host, TEMPLATE, holding)
         child = await self._fork("folkmoot.experts.host:template", host_spec)
         return child, WarmParent(Path(host_spec["unix_path"]))
+
+    async def _fork_reserve(self, holding: Holding, template: WarmParent) -> Child:
+        assert self._host is not None
+        host_spec = self._host_spec(self._host, TEMPLATE, holding)
+        return await asyncio.to_thread(template.spawn, RESERVE, host_spec, self._log, TEMPLATE_TIMEOUT_S)
 
     def _process(self, incarnation: int) -> _Process:
         if incarnation not in self._processes:

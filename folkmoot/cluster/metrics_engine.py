@@ -33,8 +33,11 @@ ROWS = Metric("folkmoot_dispatch_rows_total", "counter", "(token, expert) rows o
 ROWS_AGAIN = Metric(
     "folkmoot_dispatch_rows_again_total",
     "counter",
-    "Rows that were asked for once more: their host was dropped, or the row was not finite",
+    "Rows that were asked for once more: their host was late or dropped, or the row was not finite",
     ENGINE,
+)
+LATE = Metric(
+    "folkmoot_dispatch_late_hosts_total", "counter", "Times that a late host's rows were asked of others", ENGINE
 )
 DROPPED = Metric("folkmoot_dispatch_dropped_hosts_total", "counter", "Hosts that the dispatcher has dropped", ENGINE)
 WAITS = Metric(
@@ -58,7 +61,7 @@ HOST_SECONDS = Metric(
 METRICS = (
     *(LEASES_HELD, LEASES, LEASES_AGAIN, JOURNALLED, REFUSED),
     *(RUNNING, REQUESTS, FAILED, PROMPT_TOKENS, GENERATED_TOKENS),
-    *(CALLS, ROWS, ROWS_AGAIN, DROPPED, WAITS, WAITED, GIVEN_UP, NOT_FINITE, HOST_ROWS, HOST_SECONDS),
+    *(CALLS, ROWS, ROWS_AGAIN, LATE, DROPPED, WAITS, WAITED, GIVEN_UP, NOT_FINITE, HOST_ROWS, HOST_SECONDS),
 )
 
 OF_GENERATOR = {
@@ -72,6 +75,7 @@ OF_DISPATCHER = {
     CALLS: "calls",
     ROWS: "rows",
     ROWS_AGAIN: "rows_again",
+    LATE: "late_hosts",
     DROPPED: "dropped_hosts",
     WAITS: "waits",
     WAITED: "waited_s",

@@ -85,6 +85,8 @@ class ClusterSpec:
     templates: bool = False
     """keep a process for each expert host that has loaded its experts, to fork its next life from
     (folkmoot.cluster.host_template)"""
+    hedge_s: float = 0.05
+    """rows of an expert host later than this beyond some times its usual pace are asked of a replica as well"""
     stall_s: float = 1.0
     """an expert host later than this beyond some times its usual pace counts as stalled (folkmoot.experts.deadline)"""
     load_half_life_s: float = 60.0

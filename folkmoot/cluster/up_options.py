@@ -23,7 +23,7 @@ SHARED_WITH_SPEC = (
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
     *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
-    *("stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
+    *("hedge_s", "stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
 
 
@@ -95,6 +95,7 @@ class UpOptions:
     seed: int = 0
     transport: str = "auto"
     combine: str = "rows"
+    hedge_s: float = ClusterSpec.hedge_s
     stall_s: float = ClusterSpec.stall_s
     no_replica_timeout_s: float = ClusterSpec.no_replica_timeout_s
     load_half_life_s: float = ClusterSpec.load_half_life_s

@@ -7,7 +7,7 @@ an index means another link once the routes have changed.
 import ctypes
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,8 +38,11 @@ class Owner(Protocol):
     def fail(self, link: Link, reason: str) -> None:
         """Drop a host."""
 
-    def is_dead(self, link: Link) -> bool:
-        """Whether it has been dropped."""
+    def set_aside(self, link: Link, waited_s: float, stalled_s: float) -> None:
+        """Ask a late host for nothing until it has answered; it counts as stalled after `stalled_s` in all."""
+
+    def is_asked(self, link: Link) -> bool:
+        """Whether it has been neither dropped nor set aside."""
 
     def no_replica(self, layer: int, expert: int) -> Exception:
         """What to raise when `routes` gave none."""
@@ -139,7 +142,7 @@ class Call:
                 break
             self._attend(used)
             waited.add(time.monotonic() - began)
-            late = self._drop_stalled(used, waited, late)
+            late = self._give_up_on(used, waited, late)
             slice_s = self._next_look_s(used, waited)
         served = self.owner.rows_served
         for link in used.links:
@@ -236,14 +239,16 @@ class Call:
         return int(native.begin(ctypes.addressof(call), new.pointers))
 
     def _send(self, index: int, link: Link) -> None:
-        """Over TCP: hand the request to the kernel. A host that takes no bytes is stalled as one that sends none."""
-        ceiling_s, allowed_s = self.owner.config.call_timeout_s, self._allowed_s(link)
+        """Over TCP: hand the request to the kernel. A host that takes no bytes is late as one that sends none."""
+        config = self.owner.config
+        late_s, stalled_s = self._allowed_s(link, config.hedge_s), self._allowed_s(link, config.stall_s)
         try:
-            if link.send(allowed_s):
+            if link.send(late_s):
                 return
-            if not self._replaceable(index, {index}) and link.send(ceiling_s - allowed_s):
-                return
-            self._fail(link, "it takes no rows")
+            if self._replaceable(index, {index}):
+                self._set_aside(link, late_s, stalled_s)
+            elif not link.send(config.call_timeout_s - late_s):
+                self._fail(link, "it takes no rows")
         except LinkError as e:
             self._fail(link, str(e))
 
@@ -272,38 +277,51 @@ class Call:
         if link.raw.state == native.WRONG:
             self._fail(link, link.why())
 
-    def _drop_stalled(self, used: Routes, waited: Waited, late: set[int]) -> set[int]:
-        """Drop hosts past their deadline, by the rules in deadline.py. Returns those that are past it and stay."""
+    def _give_up_on(self, used: Routes, waited: Waited, late: set[int]) -> set[int]:
+        """Set late hosts aside and drop stalled ones, by the rules in deadline.py. Returns those that are late and
+        still waited for."""
         config, links = self.owner.config, used.links
         if any(links[i].raw.state == native.DONE for i in late):
             waited.late_answer()
-        if waited.total_s < config.stall_s:
+        waiting = {i for i, link in enumerate(links) if link.raw.state == native.WAITING}
+        if waited.total_s > config.call_timeout_s:
+            for i in waiting:
+                self._fail(links[i], deadline.stalled(links[i].raw.header.pairs, config.call_timeout_s))
             return set()
-        waiting = [i for i, link in enumerate(links) if link.raw.state == native.WAITING]
-        late = {i for i in waiting if waited.recent_s > self._allowed_s(links[i])}
-        over = waited.total_s > config.call_timeout_s
-        stalled = waiting if over else [i for i in late if self._replaceable(i, late)]
-        for i in stalled:
-            allowed_s = config.call_timeout_s if over else self._allowed_s(links[i])
-            self._fail(links[i], f"stalled: no answer for {links[i].raw.header.pairs} rows within {allowed_s:.3f} s")
-        return late - set(stalled)
+        late = self._overdue(links, waiting, waited, min(config.hedge_s, config.stall_s))
+        for i in [i for i in late if self._replaceable(i, late)]:
+            self._set_aside(links[i], waited.recent_s, self._allowed_s(links[i], config.stall_s))
+            waiting.discard(i)
+        overdue = self._overdue(links, waiting, waited, config.stall_s)
+        for i in [i for i in overdue if self._replaceable(i, overdue)]:
+            self._fail(links[i], deadline.stalled(links[i].raw.header.pairs, self._allowed_s(links[i], config.stall_s)))
+            waiting.discard(i)
+        return late & waiting
+
+    def _overdue(self, links: Sequence[Link], waiting: Collection[int], waited: Waited, grace_s: float) -> set[int]:
+        return {i for i in waiting if waited.recent_s > self._allowed_s(links[i], grace_s)}
 
     def _next_look_s(self, used: Routes, waited: Waited) -> float:
         states = [link.raw.state for link in used.links]
         waiting = (link for link, state in zip(used.links, states, strict=True) if state == native.WAITING)
-        left_s = (self._allowed_s(link) - waited.recent_s for link in waiting)
+        config = self.owner.config
+        graces_s = (config.hedge_s, config.stall_s)
+        left_s = (self._allowed_s(link, grace_s) - waited.recent_s for link in waiting for grace_s in graces_s)
         return deadline.next_look_s(left_s, is_one_done=native.DONE in states)
 
-    def _allowed_s(self, link: Link) -> float:
-        config = self.owner.config
-        return deadline.allowed_s(link.pace, link.raw.header.pairs, config.stall_s, config.call_timeout_s)
+    def _allowed_s(self, link: Link, grace_s: float) -> float:
+        return deadline.allowed_s(link.pace, link.raw.header.pairs, grace_s, self.owner.config.call_timeout_s)
 
     def _replaceable(self, index: int, late: Collection[int]) -> bool:
         used = self.used[-1]
-        dead = {i for i, link in enumerate(used.links) if self.owner.is_dead(link)}
+        gone = {i for i, link in enumerate(used.links) if not self.owner.is_asked(link)}
         asked = ~self.done & (self.host == used.links[index].raw.number)
         experts = np.unique(self.experts[asked]).tolist()
-        return deadline.replaceable(index, experts, used.tables[self.layer], {*late, *dead})
+        return deadline.replaceable(index, experts, used.tables[self.layer], {*late, *gone})
+
+    def _set_aside(self, link: Link, waited_s: float, stalled_s: float) -> None:
+        link.raw.state = native.IDLE
+        self.owner.set_aside(link, waited_s, stalled_s)
 
     def _fail(self, link: Link, reason: str) -> None:
         link.raw.state = native.IDLE

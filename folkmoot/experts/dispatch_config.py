@@ -25,8 +25,11 @@ class DispatchConfig:
     """"auto", "shm" or "tcp" """
     combine: str = "rows"
     """"rows": one unweighted row a pair, exact under any placement; "sum": hosts return weighted sums"""
+    hedge_s: float = 0.05
+    """rows of a host that is later than this beyond some times its usual pace are asked of a replica; never where
+    it is not below stall_s: deadline.py"""
     stall_s: float = 1.0
-    """a host counts as stalled when it is later than this beyond some times its usual pace: deadline.py"""
+    """and it counts as stalled when it is later than this"""
     call_timeout_s: float = 10.0
     """and at the latest by then"""
     no_replica_timeout_s: float = 60.0
@@ -63,6 +66,8 @@ class DispatchConfig:
         if not 0 < config.stall_s <= config.call_timeout_s:
             limit = f"at most call_timeout_s ({config.call_timeout_s})"
             raise DispatchError(f"{ENVIRONMENT}: stall_s must be above 0 and {limit}, not {config.stall_s}")
+        if not config.hedge_s > 0:
+            raise DispatchError(f"{ENVIRONMENT}: hedge_s must be above 0, not {config.hedge_s}")
         if not config.no_replica_timeout_s > 0:
             raise DispatchError(
                 f"{ENVIRONMENT}: no_replica_timeout_s must be above 0, not {config.no_replica_timeout_s}"

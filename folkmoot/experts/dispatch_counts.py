@@ -7,11 +7,13 @@ from typing import Any
 @dataclass
 class DispatchCounts:
     """`rows` are (token, expert) pairs, each counted once; `rows_again`: asked for once more, since the host that had
-    them was dropped, or its row was not finite. `host_s`: from posting to the whole reply, by host."""
+    them was late or dropped, or its row was not finite. `host_s`: from posting to the whole reply, by host."""
 
     calls: int = 0
     rows: int = 0
     rows_again: int = 0
+    late_hosts: int = 0
+    """times that a host was late, and its rows were asked of others"""
     dropped_hosts: int = 0
     waits: int = 0
     """times that a layer had to wait, since an expert had no live replica"""

@@ -4,7 +4,8 @@ It lives in the process that runs the model. `Dispatcher.forward` is the whole o
 
 1. choose a replica for each expert with rows, level over hosts; pack each host's rows; post to all (`fm_begin`, hop.c);
 2. run the shared experts while the rows are away;
-3. wait; a host that dies, stalls or answers wrongly is dropped, and its rows go back to step 1 (`fm_finish`);
+3. wait (`fm_finish`); a host that dies, stalls or answers wrongly is dropped, one that is late is set aside until it
+   has answered (deadline.py), and its rows go back to step 1;
 4. combine the rows in slot order (`fm_combine`); a row that is not finite is asked for again elsewhere (doubt.py).
 
 Since a host returns one unweighted row for each (token, expert) pair and the sum is always in slot order, the result
@@ -27,7 +28,7 @@ import torch
 
 from folkmoot.experts import cores, doubt, links, native, secret
 from folkmoot.experts.call import Call
-from folkmoot.experts.deadline import SLICE_S, Waited
+from folkmoot.experts.deadline import SLICE_S, Waited, measured, stalled
 from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
 from folkmoot.experts.dispatch_counts import DispatchCounts
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
@@ -60,6 +61,18 @@ class Shape:
         return str(self.dtype).removeprefix("torch.")
 
 
+@dataclass(slots=True)
+class Aside:
+    """A link that is asked for nothing, since its host owes an answer that nobody waits for any more."""
+
+    link: Link
+    waited_s: float
+    """for the answer; time in which nobody looked counts little, since this process may not have run"""
+    looked_s: float
+    stalled_s: float
+    """what is too long"""
+
+
 class Dispatcher:
     """Serves one forward pass at a time; maps may arrive meanwhile from the feed's thread."""
 
@@ -77,6 +90,7 @@ class Dispatcher:
         self._changed = threading.Condition()
         self._dead: set[tuple[str, int]] = set()
         self._retired: list[Link] = []
+        self._aside: list[Aside] = []
         self._latest: ExpertMap | None = None
         self._routes: Routes | None = None
         self._generation = 0
@@ -131,9 +145,11 @@ class Dispatcher:
         if self._feed is not None:
             self._feed.close()
         with self._changed:
-            for link in (*self._retired, *(self._routes.links if self._routes else ())):
+            aside = (one.link for one in self._aside)
+            for link in (*self._retired, *aside, *(self._routes.links if self._routes else ())):
                 link.close()
             self._routes = self._shape = None
+            self._aside = []
 
     def forward(
         self,
@@ -222,12 +238,14 @@ class Dispatcher:
     def routes(self, newer_than: int, waited: Waited) -> Routes | None:
         """The routes in use, once their generation is above `newer_than`; None where that takes too long."""
         with self._changed:
+            self._look_aside()
             while self._routes is None or self._routes.generation <= newer_than:
                 if waited.total_s >= self._patience_s:
                     return None
                 began = time.monotonic()
                 self._changed.wait(SLICE_S)
                 waited.add(time.monotonic() - began)
+                self._look_aside()
             self._close_retired()
             self._in_call = True
             return self._routes
@@ -242,17 +260,51 @@ class Dispatcher:
         """Before the first map hosts may still load their weights."""
         return FIRST_MAP_TIMEOUT_S if self._latest is None else self.config.no_replica_timeout_s
 
-    def is_dead(self, link: Link) -> bool:
-        """Whether its host has been dropped."""
+    def is_asked(self, link: Link) -> bool:
+        """Whether its host has been neither dropped nor set aside."""
+        return not self._is_dead(link) and all(one.link is not link for one in self._aside)
+
+    def _is_dead(self, link: Link) -> bool:
         return (link.address.host, link.address.incarnation) in self._dead
+
+    def set_aside(self, link: Link, waited_s: float, stalled_s: float) -> None:
+        """Route without a host that is late, until it has answered or counts as stalled."""
+        with self._changed:
+            if not self.is_asked(link) or self._routes is None or link not in self._routes.links:
+                return
+            self._aside.append(Aside(link, waited_s, time.monotonic(), stalled_s))
+            self.counts.late_hosts += 1
+            self._use_links([k for k in self._routes.links if k is not link])
+        log.info("expert host %s is late: no answer within %.3f s", link.address.host, waited_s)
+
+    def _look_aside(self) -> None:
+        """Under the lock, by the thread of the forward pass: have hosts back that have answered, drop stalled ones."""
+        for one in tuple(self._aside):
+            now_s, link = time.monotonic(), one.link
+            one.waited_s += min(now_s - one.looked_s, 2 * SLICE_S)
+            one.looked_s = now_s
+            try:
+                has_answered = link.has_answered()
+            except LinkError as e:
+                self.fail(link, str(e))
+                continue
+            rows = link.raw.header.pairs
+            if has_answered:
+                self._aside.remove(one)
+                link.pace = measured(link.pace, rows, one.waited_s)
+                if self._routes is not None:
+                    self._use_links((*self._routes.links, link))
+            elif one.waited_s > one.stalled_s:
+                self.fail(link, stalled(rows, one.stalled_s))
 
     def fail(self, link: Link, reason: str) -> None:
         """Drop a host: close its link, route without it, and tell the router. Nothing if it has been dropped before."""
         address = link.address
         link.close()
         with self._changed:
-            if self.is_dead(link):
+            if self._is_dead(link):
                 return
+            self._aside = [one for one in self._aside if one.link is not link]
             self._dead.add((address.host, address.incarnation))
             self.counts.dropped_hosts += 1
             if self._routes is not None:
@@ -281,8 +333,8 @@ class Dispatcher:
             raise DispatchError(f"dtype {shape.dtype_name} is not one of {sorted(native.DTYPES)}")
         with self._changed:
             if self._routes is not None:
-                self._retired += self._routes.links
-                self._routes = None
+                self._retired += (*self._routes.links, *(one.link for one in self._aside))
+                self._routes, self._aside = None, []
             self._shape, self._itemsize = shape, shape.dtype.itemsize
             missing = self._keep_links(self._latest) if self._latest is not None else []
         self._connect_all(missing, shape)
@@ -291,13 +343,16 @@ class Dispatcher:
         """Under the lock: routes by this map over the links that there are. Returns the hosts that lack one."""
         wanted = {(a.host, a.incarnation): a for a in expert_map.hosts.values()}
         kept, have = [], set()
-        for link in self._routes.links if self._routes else ():
+        aside = {one.link.raw.number for one in self._aside}
+        for link in (*(self._routes.links if self._routes else ()), *(one.link for one in self._aside)):
             key = (link.address.host, link.address.incarnation)
-            if key in wanted:
-                kept.append(link)
-                have.add(key)
-            else:
+            if key not in wanted:
                 self._retired.append(link)  # closed by the thread that may be waiting on it
+                continue
+            have.add(key)
+            if link.raw.number not in aside:
+                kept.append(link)
+        self._aside = [one for one in self._aside if one.link not in self._retired]
         self._use_links(kept)
         return [a for key, a in wanted.items() if key not in have | self._dead]
 

@@ -23,7 +23,7 @@ import torch
 from setproctitle import setproctitle
 
 from folkmoot import logs
-from folkmoot.experts import host_speed, native, secret, wire
+from folkmoot.experts import host_speed, keeper, native, secret, wire
 from folkmoot.experts.connections import Areas, ShmConnection, TcpConnection
 from folkmoot.experts.expert_dtype import CHECKPOINT
 from folkmoot.experts.expert_map import HostAddress
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TITLE, TEMPLATE_TITLE = "folkmoot::ExpertHost", "folkmoot::HostTemplate"
+TITLE, TEMPLATE_TITLE, RESERVE_TITLE = "folkmoot::ExpertHost", "folkmoot::HostTemplate", "folkmoot::HostReserve"
 """What such a process is called in a list of processes."""
 ALONE_WITHIN_S = 5.0
 MAX_CONNECTIONS = 512
@@ -111,10 +111,14 @@ def main(spec: dict[str, Any], control: Control) -> None:
     setproctitle(f"{TITLE} {host.host}")
     began = time.monotonic()
     torch.set_num_threads(host.threads)
-    hosted = _loaded.get(_content(host)) or _load(host)
-    slots = {n: len(experts) for n, experts in host.experts.items() if experts}
+    if (hosted := _loaded.get(_content(host))) is None:
+        hosted = _load(host)
+        keeper.give_back_unused()
+    slots = _slots(host)
     load_s = time.monotonic() - began
     rows_s = host_speed.measure(hosted.layers, slots) if host.measures else {}
+    if host.device == "cpu":
+        keeper.keep_memory()
     server = ExpertServer(host, hosted.layers, slots, on_load=lambda load: offer_load(control, load))
     address = server.listen()
     log.info(
@@ -151,10 +155,40 @@ def template(spec: dict[str, Any], control: Control) -> None:
     serve_forks(Path(host.unix_path), control, lambda: control.send({"event": "template"}))
 
 
+def reserve(spec: dict[str, Any], control: Control) -> None:
+    """Entry point in a process forked by a template: use its experts once, and wait to be told who it is, by {"spec": a
+    HostSpec} of the same experts; then it is that host."""
+    host = HostSpec.from_dict(spec)
+    logs.set_up("reserve", host=host.host)
+    setproctitle(f"{RESERVE_TITLE} {host.host}")
+    touching = threading.Thread(target=_touch_quietly, args=(host,), name="touch")
+    touching.start()
+    touching.join()
+    control.send({"event": "reserve"})
+    try:
+        while (message := control.receive()) is None:
+            pass
+    except EOFError:
+        return
+    main(message["spec"], control)
+
+
 def _load_quietly(host: HostSpec) -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    _give_way()
     torch.set_num_threads(1)
     _loaded[_content(host)] = _load(host)
+    keeper.give_back_unused()
+
+
+def _touch_quietly(host: HostSpec) -> None:
+    _give_way()
+    torch.set_num_threads(1)
+    host_speed.touch(_loaded[_content(host)].layers, _slots(host))
+
+
+def _give_way() -> None:
+    """Have this thread compute only where nobody else wants the core."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _check_alone() -> None:
@@ -164,6 +198,11 @@ def _check_alone() -> None:
         if time.monotonic() > until:
             raise RuntimeError(f"loading has left {len(threads) - 1} threads behind: no host can be forked from here")
         time.sleep(0.01)
+
+
+def _slots(host: HostSpec) -> dict[int, int]:
+    """How many experts of each layer are held, where there are any."""
+    return {n: len(experts) for n, experts in host.experts.items() if experts}
 
 
 def _content(host: HostSpec) -> tuple[object, ...]:

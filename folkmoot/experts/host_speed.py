@@ -28,6 +28,13 @@ def measure(kernels: "Mapping[int, Kernel]", slots: Mapping[int, int]) -> dict[i
     return {rows: _rows_s(some, slots, rows) for rows in ROWS} if some else {}
 
 
+def touch(kernels: "Mapping[int, Any]", slots: Mapping[int, int]) -> None:
+    """Call every expert once, so that its weights are mapped and its kernels made when rows come."""
+    for layer, kernel in kernels.items():
+        ids = torch.arange(slots[layer], dtype=torch.int32)
+        kernel(torch.zeros(slots[layer], kernel.hidden_size, dtype=kernel.dtype), ids)
+
+
 def _rows_s(kernels: "Mapping[int, Any]", slots: Mapping[int, int], rows: int) -> float:
     calls = {}
     for layer, kernel in kernels.items():

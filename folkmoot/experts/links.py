@@ -47,6 +47,10 @@ class Link(Protocol):
         """Read what has come of the reply: its header once it is whole, its payload then at `raw.reply`; else None.
         Never blocks. Raises LinkError."""
 
+    def has_answered(self) -> bool:
+        """Of a request that nobody waits for any more: whether its reply is here, and may be forgotten. Never blocks.
+        Raises LinkError."""
+
     def why(self) -> str:
         """What the host said when its reply was not as it should be."""
 
@@ -106,6 +110,20 @@ class ShmLink:
 
     def receive(self) -> native.Header | None:
         raise LinkError("shared memory is not received")
+
+    def has_answered(self) -> bool:
+        flag = wire.OFF_REPLY_FLAG
+        if int.from_bytes(self._map[flag : flag + 8], "little") == self.raw.seq:
+            return True
+        try:
+            is_gone = not self._sock.recv(1 << 8)
+        except BlockingIOError:
+            return False
+        except OSError as e:
+            raise LinkError(str(e)) from e
+        if is_gone:
+            raise LinkError("connection closed")
+        return False
 
     def why(self) -> str:
         reply = native.Header.from_buffer_copy(self._map, wire.OFF_REPLY_HEADER)
@@ -181,6 +199,9 @@ class TcpLink:
         except (OSError, WireError) as e:
             raise LinkError(str(e)) from e
         return header if self._received == len(head) + len(payload) else None
+
+    def has_answered(self) -> bool:
+        return self.send(0.0) and self.receive() is not None
 
     def _read(self, into: memoryview) -> int:
         got = self._sock.recv_into(into)

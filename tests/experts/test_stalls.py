@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from folkmoot.experts.dispatcher import Dispatcher
 from tests.experts.hosts import Hosts, expected
 from tests.experts.test_dispatcher import batch, dispatcher
 
-STALL_S = 0.4
+STALL_S, HEDGE_S = 0.4, 0.05
 
 
 def forward(d: Dispatcher, seed: int, tokens: int = 16) -> float:
@@ -25,6 +27,12 @@ def forward(d: Dispatcher, seed: int, tokens: int = 16) -> float:
     began = time.monotonic()
     assert torch.equal(d.forward(0, x, w, ids)[0], expected(0, x, w, ids))
     return time.monotonic() - began
+
+
+def until(check: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 30.0
+    while not check():
+        assert time.monotonic() < deadline_s
 
 
 def stop(child: warm.Child) -> None:
@@ -53,27 +61,105 @@ def test_an_owner_that_does_not_read_holds_no_host_up(hosts: Hosts) -> None:
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_a_stopped_host_costs_its_deadline_and_late_rows_change_nothing(
-    hosts: Hosts, transport: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """SIGSTOP in a stream of calls: every one is exact, one of them waits; SIGCONT later finds the link closed."""
+def test_a_late_hosts_rows_are_asked_of_a_replica_until_it_has_answered(hosts: Hosts, transport: str) -> None:
+    """SIGSTOP in a stream of calls: every one is exact, one of them waits, but not for the deadline of a stalled host.
+    After SIGCONT the late answer is put away, and the host is asked again, over the same link."""
     hosts.start("a", hosts.all_layers(range(8)))
     victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, transport=transport, stall_s=STALL_S)
+    d = dispatcher(hosts, transport=transport, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
+    for i in range(30):
+        forward(d, i)
+    stop(victim)
+    took_s = [forward(d, i) for i in range(30, 60)]
+    assert is_stopped(victim)
+    assert HEDGE_S <= max(took_s) < 60.0, "it was waited for, a little"
+    assert (d.counts.late_hosts, d.counts.dropped_hosts) == (1, 0)
+    rows_of_victim = d.rows_served["b"]
+    os.kill(victim.pid, signal.SIGCONT)
+    until(lambda: forward(d, 60) and d.rows_served["b"] > rows_of_victim)
+    for i in range(61, 90):
+        forward(d, i)
+    assert d.counts.dropped_hosts == 0
+    d.close()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("hedge_s", [0.05, 60.0])
+def test_a_stopped_host_is_dropped_at_its_deadline_and_late_rows_change_nothing(
+    hosts: Hosts, transport: str, hedge_s: float
+) -> None:
+    """Whether it is set aside before, or waited for until then; SIGCONT later finds the link closed."""
+    hosts.start("a", hosts.all_layers(range(8)))
+    victim = hosts.start("b", hosts.all_layers(range(8)))
+    d = dispatcher(hosts, transport=transport, hedge_s=hedge_s, stall_s=STALL_S)
     for i in range(30):
         forward(d, i)
     assert d.rows_served["b"] > 0
     stop(victim)
-    took_s = [forward(d, i) for i in range(30, 60)]
+    began = time.monotonic()
+    until(lambda: forward(d, 30) and d.counts.dropped_hosts)
+    assert time.monotonic() - began >= STALL_S
     assert is_stopped(victim)
-    assert max(took_s) >= STALL_S, "it was waited for"
     rows_of_victim = d.rows_served["b"]
     os.kill(victim.pid, signal.SIGCONT)
     for i in range(60, 120):
         forward(d, i)
     assert d.rows_served["b"] == rows_of_victim
-    with capsys.disabled():
-        print(f"\n[{transport}] pause {max(took_s):.3f} s with stall_s {STALL_S}, usual {sorted(took_s)[15]:.4f} s")
+    d.close()
+
+
+def test_a_late_host_that_dies_is_dropped(hosts: Hosts) -> None:
+    hosts.start("a", hosts.all_layers(range(8)))
+    victim = hosts.start("b", hosts.all_layers(range(8)))
+    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
+    for i in range(30):
+        forward(d, i)
+    stop(victim)
+    for i in range(30, 40):
+        forward(d, i)
+    assert (d.counts.late_hosts, d.counts.dropped_hosts) == (1, 0)
+    victim.kill()
+    until(lambda: forward(d, 40) and d.counts.dropped_hosts)
+    d.close()
+
+
+def test_a_late_host_is_the_last_one_that_is_left(hosts: Hosts) -> None:
+    """Its replica dies while it is late: the layer waits until it has answered, and then asks it."""
+    replica = hosts.start("a", hosts.all_layers(range(8)))
+    victim = hosts.start("b", hosts.all_layers(range(8)))
+    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
+    for i in range(30):
+        forward(d, i)
+    stop(victim)
+    forward(d, 30)
+    forward(d, 31)
+    assert d.counts.late_hosts == 1
+    replica.kill()
+    assert replica.wait(10.0)
+    timer = resume_later([victim], 0.5)
+    assert forward(d, 32) >= 0.4
+    timer.wait()
+    assert (d.counts.late_hosts, d.counts.dropped_hosts) == (1, 1)
+    d.close()
+
+
+def test_a_newer_map_keeps_a_late_host_aside(hosts: Hosts) -> None:
+    """Neither is it connected to once more, nor asked before it has answered."""
+    hosts.start("a", hosts.all_layers(range(8)))
+    victim = hosts.start("b", hosts.all_layers(range(8)))
+    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
+    for i in range(30):
+        forward(d, i)
+    stop(victim)
+    forward(d, 30)
+    forward(d, 31)
+    rows_of_victim = d.rows_served["b"]
+    d.use_map(replace(hosts.map, version=hosts.map.version + 1))
+    forward(d, 32)
+    assert d.rows_served["b"] == rows_of_victim
+    os.kill(victim.pid, signal.SIGCONT)
+    until(lambda: forward(d, 33) and d.rows_served["b"] > rows_of_victim)
+    assert (d.counts.late_hosts, d.counts.dropped_hosts) == (1, 0)
     d.close()
 
 
