@@ -58,6 +58,7 @@ KINDS: Mapping[Fault, int] = {
     faults.STALL_STORE: 1,
     faults.KILL_WARM: 1,
     faults.KILL_TEMPLATE: 1,
+    faults.KILL_RESERVE: 1,
 }
 """Each kind of fault, and how often it comes, relative to the others."""
 

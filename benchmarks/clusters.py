@@ -40,6 +40,7 @@ class Role(StrEnum):
 
     HOST = "expert host"
     TEMPLATE = "host template"
+    RESERVE = "host in reserve"
     ACTOR = "expert actor"
     ENGINE = "engine"
     CORE = "engine core"
@@ -53,6 +54,7 @@ class Role(StrEnum):
 TITLES = {
     Role.HOST: "folkmoot::ExpertHost",
     Role.TEMPLATE: "folkmoot::HostTemplate",
+    Role.RESERVE: "folkmoot::HostReserve",
     Role.ENGINE: "folkmoot::Engine",
     Role.ACTOR: "ray::ExpertActor",
     Role.CORE: "VLLM::EngineCore",
@@ -155,12 +157,14 @@ class Cluster:
             document: dict[str, Any] = json.loads(client.status().json or "{}")
         return document
 
-    def is_whole(self, since_s: float = 0.0) -> bool:
+    def is_whole(self, since_s: float = 0.0, dead_host: int | None = None) -> bool:
         """Whether all replicas of all experts and all engines that were asked for are there, as the router says in a
-        document that it wrote after `since_s` (Unix time) and had time to hear what happened until then."""
+        document that it wrote after `since_s` (Unix time), when it had heard what happened until then: after HEARD_S,
+        or when it knows nothing more of a host's process that was killed."""
         with contextlib.suppress(Exception):
             status = self.status()
-            if status["time_s"] < since_s + HEARD_S:
+            knows = dead_host is not None and dead_host not in [h["pid"] for h in status["hosts"]]
+            if status["time_s"] < since_s + (0.0 if knows else HEARD_S):
                 return False
             ready = sum(e["phase"] == "ready" for e in status["engines"])
             whole = status["map"]["replicas_least"] >= status["map"]["replicas_wanted"]
@@ -215,8 +219,8 @@ def processes_with_files_in(*folders: Path) -> list[int]:
 
 
 def rows_of(pids: Iterable[int]) -> dict[int, tuple[int, str]]:
-    """{pid: (parent, command line)} of those that still run. A keeper's command line is its owner's, so it gets its name
-    instead."""
+    """{pid: (parent, command line)} of those that still run. A keeper's command line is its owner's, so it gets
+    its name instead."""
     table = {}
     for pid in pids:
         with contextlib.suppress(OSError, IndexError):

@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from benchmarks import faults, load, peer, report
 from benchmarks.checkpoints import measure_sized, tiny
-from benchmarks.clusters import Cluster
+from benchmarks.clusters import Cluster, Role
 from benchmarks.engines import prompts_of
 from benchmarks.faults import Fault
 from benchmarks.load import Answer, Faults, Load, Question
@@ -138,7 +138,8 @@ async def _trial(
     injected = await faults.inject_soon(cluster, fault, rng)
     await asyncio.to_thread(cluster.tend)
     since_s = time.time() - (time.monotonic() - injected.at_s)
-    whole = await load.until(lambda: cluster.is_whole(since_s), RESTORE_TIMEOUT_S)
+    dead_host = injected.pid if fault.role is Role.HOST and not fault.stop_s else None
+    whole = await load.until(lambda: cluster.is_whole(since_s, dead_host), RESTORE_TIMEOUT_S)
     restored_s = time.monotonic() - injected.at_s if whole else None
     await asyncio.sleep(max(0.0, began + plan.window_s - time.monotonic()))
     usual_s = load.usual_gap_s(steady.answers, began, injected.at_s)

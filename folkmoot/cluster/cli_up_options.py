@@ -98,8 +98,7 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--templates/--no-templates",
         default=UpOptions.templates,
-        help="keep a process for each expert host that has loaded its experts, so that its "
-        "next life is forked from that "
+        help="keep a process for each expert host that has loaded its experts, and a fork of it that is its next life "
         "within milliseconds; without shared weights it holds a copy of them  [default: where weights are shared]",
     ),
     click.option(

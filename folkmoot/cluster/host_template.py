@@ -4,9 +4,9 @@ A *template* is a process that has loaded the host's experts already, and from w
 in shared memory it costs no copy of them, only some memory of its own (45 MiB for the demo model). It loads where
 nobody else wants the core, since nobody waits for it.
 
-A *reserve* is a life that has been forked from it and only waits to be told who it is. Its pages of the weights are
-mapped: so when the host dies the next life takes no work but to listen, at the very moment in which the other hosts have
-more to do than usual.
+A *reserve* is a life that has been forked from it and only waits to be told who it is. It has used
+its experts once, so that their pages are mapped: when the host dies its next life has nothing to do but to listen, at
+the very moment in which the other hosts have more to do than usual.
 """
 
 import asyncio
@@ -136,7 +136,7 @@ class Template:
 
 
 async def _first_word(child: Child, expected: str) -> None:
-    """Wait until a process says that it is what it is to be. Raises WarmParentError; closes it then, or if cancelled."""
+    """Wait until a process says that it is what it ought to be. Closes it, and raises WarmParentError, where it does not."""
     try:
         message = await asyncio.to_thread(child.receive, LOAD_TIMEOUT_S)
         if message is None or message.get("event") != expected or not child.is_alive():

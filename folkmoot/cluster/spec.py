@@ -83,7 +83,7 @@ class ClusterSpec:
     share_weights: bool = False
     """keep experts once a node, in memory that its hosts share (folkmoot.experts.weights)"""
     templates: bool = False
-    """keep a process for each expert host that has loaded its experts, to fork its next life from
+    """keep a process for each expert host that has loaded its experts, and a fork of it that is its next life
     (folkmoot.cluster.host_template)"""
     hedge_s: float = 0.05
     """rows of an expert host later than this beyond some times its usual pace are asked of a replica as well"""

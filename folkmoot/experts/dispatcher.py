@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.experts.feed import MapFeed, read_map
 from folkmoot.experts.links import Link, LinkError
 from folkmoot.experts.node import node_id
-from folkmoot.experts.routes import Routes, routes_of
+from folkmoot.experts.routes import Routes, host_tables, routes_of
 from folkmoot.experts.wire import Hello
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Dispatcher:
         self._retired: list[Link] = []
         self._aside: list[Aside] = []
         self._latest: ExpertMap | None = None
+        self._by_host: Mapping[int, np.ndarray] = {}
         self._routes: Routes | None = None
         self._generation = 0
         self._served: dict[int, np.ndarray] = {}
@@ -118,10 +119,11 @@ class Dispatcher:
 
         A layer that waits for an expert goes on as soon as the link to its host stands, whatever other hosts do.
         """
+        by_host = host_tables(expert_map)
         with self._changed:
             if self._latest is not None and expert_map.version < self._latest.version:
                 return
-            self._latest = expert_map
+            self._latest, self._by_host = expert_map, by_host
             self._dead &= {(a.host, a.incarnation) for a in expert_map.hosts.values()}
             shape = self._shape
             missing = self._keep_links(expert_map) if shape is not None else []
@@ -362,7 +364,7 @@ class Dispatcher:
         by_host = {link.address.host: link for link in live}
         self._generation += 1
         ordered = {host: by_host[host] for host in self._latest.hosts if host in by_host}
-        self._routes = routes_of(self._latest, self._generation, ordered, self.config.far_cost)
+        self._routes = routes_of(self._latest, self._by_host, self._generation, ordered, self.config.far_cost)
         self._changed.notify_all()
 
     def _connect_all(self, addresses: list[HostAddress], shape: Shape) -> None:

@@ -1,10 +1,10 @@
 """A keeper: a process that holds on to another one's memory, so that nobody waits for it to be taken apart.
 
-A process that is killed first gives its memory back, page by page, and closes its sockets only then: with a few hundred
-MiB that took 13 to 136 ms on busy cores, in which its peers saw nothing and the cores did nothing else. So it shares its
-memory with a keeper (`clone` with CLONE_VM). Its sockets then close within a millisecond of its death, and the memory is
-taken apart by the keeper, at the lowest priority. The keeper sleeps until then; it holds no other descriptor, its
-parent is its owner's, and being of the same memory it has the same command line: in `ps` its name (comm) tells it.
+A process that is killed first gives its memory back, page by page, and closes its sockets only then: a few hundred MiB
+took 13 to 136 ms, in which its peers saw nothing and a core did nothing else. So it shares its memory with a keeper
+(`clone` with CLONE_VM). Its sockets then close within a millisecond or so of its death, and the keeper takes the memory
+apart, at the lowest priority. Until then the keeper sleeps. It holds no other descriptor; its parent is its owner's;
+and being of the same memory it has the same command line: in `ps` its name (comm) tells it.
 """
 
 import ctypes

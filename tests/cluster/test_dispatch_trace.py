@@ -7,14 +7,16 @@ from folkmoot.cluster.dispatch_trace import LOOK_EVERY_S, DispatchTrace, grown
 
 
 def counts(calls: int, rows: int, dropped: int = 0, **host_s: float) -> dict[str, Any]:
-    return {"calls": calls, "rows": rows, "rows_again": 0, "dropped_hosts": dropped, "waited_s": 0.5, "host_s": host_s}
+    settled = {"rows_again": 0, "late_hosts": 2, "waited_s": 0.5}
+    return {"calls": calls, "rows": rows, **settled, "dropped_hosts": dropped, "host_s": host_s}
 
 
 def test_growth_is_of_what_happened_meanwhile() -> None:
     before, now = counts(10, 100, a=1.0, b=2.0, c=9.0), counts(14, 180, dropped=1, a=1.25, b=2.5, c=9.0)
     assert grown(before, now) == {
         "folkmoot.dispatch.calls": 4, "folkmoot.dispatch.rows": 80, "folkmoot.dispatch.rows_again": 0,
-        "folkmoot.dispatch.dropped_hosts": 1, "folkmoot.dispatch.waited_s": 0.0, "folkmoot.dispatch.hosts": 2,
+        "folkmoot.dispatch.late_hosts": 0, "folkmoot.dispatch.dropped_hosts": 1, "folkmoot.dispatch.waited_s": 0.0,
+        "folkmoot.dispatch.hosts": 2,
         "folkmoot.dispatch.slowest_host": "b", "folkmoot.dispatch.slowest_host_s": 0.5,
     }  # fmt: skip
     assert grown({}, {}) == {}

@@ -145,7 +145,8 @@ def test_engines_tell_of_leases_and_dispatch() -> None:
     Holder.counts.refused[Held.LOST] += 4
     generator = {"running": 3, "requests": 7, "failed": 1, "prompt_tokens": 50, "generated_tokens": 99}
     dispatch: dict[str, Any] = {
-        **{"calls": 8, "rows": 64, "rows_again": 2, "dropped_hosts": 1, "waits": 1, "waited_s": 0.5, "given_up": 0},
+        **{"calls": 8, "rows": 64, "rows_again": 2, "late_hosts": 3, "dropped_hosts": 1},
+        **{"waits": 1, "waited_s": 0.5, "given_up": 0},
         **{"host_rows": {"host-0": 40, "host-1": 24}, "host_s": {"host-0": 1.0, "host-1": 2.0}},
         "not_finite": {"confirmed": 0, "refuted": 5, "alone": 0},
     }
@@ -157,6 +158,7 @@ def test_engines_tell_of_leases_and_dispatch() -> None:
     assert now("folkmoot_engine_generated_tokens_total") == 99
     assert now("folkmoot_dispatch_host_rows_total", host="host-0", engine="e") == 40
     assert now("folkmoot_dispatch_host_seconds_total") == 3.0
+    assert now("folkmoot_dispatch_late_hosts_total") == 3 and now("folkmoot_dispatch_dropped_hosts_total") == 1
     assert now("folkmoot_dispatch_not_finite_rows_total", verdict="refuted") == 5
     dense = Scrape(exposition(metrics_engine.families("e", holder, generator, {})).decode())
     assert not any(name.startswith("folkmoot_dispatch") for name in dense.names)
