@@ -136,7 +136,7 @@ class Template:
 
 
 async def _first_word(child: Child, expected: str) -> None:
-    """Wait until a process says that it is what it ought to be. Closes it, and raises WarmParentError, where it does not."""
+    """Wait until a process says that it is what it ought to be. Where it does not: close it, raise WarmParentError."""
     try:
         message = await asyncio.to_thread(child.receive, LOAD_TIMEOUT_S)
         if message is None or message.get("event") != expected or not child.is_alive():

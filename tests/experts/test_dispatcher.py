@@ -116,13 +116,14 @@ def test_killed_host_is_replaced_within_the_layer(hosts: Hosts, transport: str) 
 def test_stalled_host_is_replaced_after_its_deadline(hosts: Hosts, transport: str) -> None:
     hosts.start("a", hosts.all_layers(range(8)))
     victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, transport=transport, call_timeout_s=0.3)
+    d = dispatcher(hosts, transport=transport, hedge_s=0.3, stall_s=0.3, call_timeout_s=0.3)
     x, w, ids = batch(16, 2)
     d.forward(0, x, w, ids)
     os.kill(victim.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert torch.equal(d.forward(0, x, w, ids)[0], expected(0, x, w, ids))
     assert time.monotonic() - began > 0.29
+    assert d.counts.dropped_hosts == 1
     assert torch.equal(d.forward(3, x, w, ids)[0], expected(3, x, w, ids))  # and it is not asked again
     d.close()
 

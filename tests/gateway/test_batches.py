@@ -286,7 +286,7 @@ async def test_autoscalers_hear_of_what_is_not_queued_yet(batches: AsyncBatches,
 async def test_a_batch_is_forgotten_after_its_retention(
     store_server: EmbeddedStore, namespace: str, stack: AsyncExitStack, roomy: EchoEngine
 ) -> None:
-    short = BatchSettings(batch_retention_s=1.5)
+    short = BatchSettings(batch_retention_s=4.0)
     address = await start_gateway(stack, store_server.url, namespace, queue=QUICK, shutdown_s=0.0, batches=short)
     batches = AsyncBatches(await stack.enter_async_context(AsyncClient(address)))
     await batches.create([line(0)], batch_id="b")
