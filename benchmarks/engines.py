@@ -50,6 +50,8 @@ def engine_main(spec: dict[str, Any], control: Control) -> None:
     began = time.monotonic()
     register_eagerly(vllm_api.describe(Path(spec["checkpoint"])).architecture)
     hosted = {} if spec["dispatch"] is None else vllm_api.engine_arguments()
+    if spec["dispatch"] is not None and spec["dispatch"].get("micro_batches"):
+        vllm_api.use_micro_batches(2)
     if hosted:
         os.environ.update(vllm_api.batch_invariance("cpu", None))
     arguments = {**PLAIN, **hosted, **spec["arguments"]}

@@ -6,7 +6,8 @@ medians over rounds of what was measured in the same round.
     demo     a real model on real text: 160 tokens of instructions that all prompts share, and 32 of their own
     large    1.5 GiB of random experts on random prompts of 16 tokens, where neither a cached prefix nor a guess helps
 
-Ours is one engine with two expert hosts, as `folkmoot up` starts them. A peer is given its best form at each batch:
+Ours is one engine with two expert hosts, as `folkmoot up` starts them; two micro-batches are measured alone, and not
+together with the others. A peer is given its best form at each batch:
 transformers its static and its continuous batching and each of its implementations of experts, vLLM its defaults and
 all that is measured here.
 
@@ -88,13 +89,14 @@ def contestants(bench: Bench, subject: Subject, pools: Mapping[str, Pool]) -> di
     common: dict[str, Any] = {"max_model_len": 512, "kv_cache_memory_bytes": KV_CACHE_BYTES}
     found: dict[Contestant, Generate] = {}
 
-    def ours(form: str, arguments: Mapping[str, Any], dtype: str = "checkpoint") -> None:
-        dispatch = {"background_workers": True}
+    def ours(form: str, arguments: Mapping[str, Any], dtype: str = "checkpoint", *, halved: bool = False) -> None:
+        dispatch = {"background_workers": True, "micro_batches": halved}
         engine = bench.engine(subject.checkpoint, pool=pools[dtype], dispatch=dispatch, **common, **arguments)
         found[OURS, form] = engine.wait().generate
 
     for form, arguments in forms.items():
         ours(form, arguments)
+    ours("micro-batches", PLAIN, halved=True)
     for dtype in QUANTISED:
         ours(f"together, {dtype}", forms["together"], dtype)
     for form, arguments in {**subject.vllm, "together": forms["together"]}.items():

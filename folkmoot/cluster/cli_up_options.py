@@ -209,6 +209,14 @@ OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "[default: whole]",
     ),
     click.option(
+        "--micro-batch-from",
+        type=click.IntRange(2),
+        metavar="REQUESTS",
+        help="compute steps of at least so many requests in two halves, one in attention while the rows of the other "
+        "are at the experts; for experts with cores or devices of their own. Not with --compile or --speculate  "
+        "[default: never]",
+    ),
+    click.option(
         "--tenant-weights",
         metavar="NAME=WEIGHT,...",
         default=UpOptions.tenant_weights,

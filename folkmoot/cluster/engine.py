@@ -33,7 +33,7 @@ SHARED_WITH_PROCESS = (
     *("model_path", "model", "architecture", "redis", "store_namespace", "dtype", "device", "max_model_len"),
     *("max_num_seqs", "seed", "kv_cache_gib", "transport", "combine", "grace_s", "hedge_s", "stall_s"),
     *("no_replica_timeout_s", "background_workers", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
-    *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
+    *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk", "micro_batch_from"),
 )
 
 

@@ -40,6 +40,7 @@ class EngineSpec:
     compiled: bool
     speculative_tokens: int
     prefill_chunk: int | None
+    micro_batch_from: int | None
     seed: int
     kv_cache_gib: float
     transport: str
@@ -87,6 +88,8 @@ def load(spec: EngineSpec) -> Any:
     vllm_api.use_two_lanes(config, vllm_api.Lanes(spec.batch_rows, spec.batch_prompt_tokens))
     if on_cpu:
         vllm_api.allow_chunks()
+        if spec.micro_batch_from is not None:
+            vllm_api.use_micro_batches(spec.micro_batch_from)
         # vLLM's CPU platform asks for "spawn", which would import everything once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     # Its spans say how long things took, too.

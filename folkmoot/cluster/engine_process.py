@@ -163,6 +163,7 @@ def _set_environment(spec: EngineSpec) -> None:
     os.environ.update(vllm_api.batch_invariance(spec.device, spec.batch_invariant))
     if spec.feed is not None:
         config = {name: getattr(spec, name) for name in SHARED_WITH_DISPATCHER}
+        config["micro_batches"] = spec.micro_batch_from is not None
         os.environ["FOLKMOOT_DISPATCH"] = json.dumps(config)
 
 

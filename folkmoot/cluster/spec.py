@@ -76,6 +76,8 @@ class ClusterSpec:
     prefill_chunk: int | None = None
     """compute prompts in pieces of at most so many tokens, and no more of all prompts in a step, where it may be so
     small beside `max_num_seqs`; None: whole"""
+    micro_batch_from: int | None = None
+    """compute steps of at least so many requests in two halves that take turns; None: never"""
     seed: int = 0
     kv_cache_gib: float = 1.0
     transport: str = "auto"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHARED_WITH_SPEC = (
     *("name", "engines", "most_engines", "most_hosts", "idle_s", "placement", "dtype", "expert_dtype"),
     *("device", "max_model_len", "max_num_seqs", "max_batch_seqs", "batch_rows", "batch_prompt_tokens"),
-    *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk"),
+    *("batch_invariant", "prefix_caching", "compiled", "speculative_tokens", "prefill_chunk", "micro_batch_from"),
     *("kv_cache_gib", "seed", "transport", "combine", "max_experts_per_host", "host_groups"),
     *("hedge_s", "stall_s", "no_replica_timeout_s", "load_half_life_s", "rebalance", "spare_experts"),
 )
@@ -84,6 +84,7 @@ class UpOptions:
     compiled: bool = ClusterSpec.compiled
     speculative_tokens: int = ClusterSpec.speculative_tokens
     prefill_chunk: int | None = None
+    micro_batch_from: int | None = None
     dtype: str = "auto"
     expert_dtype: str = ClusterSpec.expert_dtype
     expert_loads: Path | None = None
@@ -193,8 +194,19 @@ def num_hosts_and_replicas(options: UpOptions, num_experts: int) -> tuple[int, i
 def check_experts(options: UpOptions, model_path: Path, shape: "ModelShape") -> None:
     """Raises StartError or PlacementError where experts cannot be had, or placed, as asked for."""
     num_hosts_and_replicas(options, shape.num_experts)
+    _check_micro_batches(options)
     _check_expert_dtype(options, model_path, shape)
     _check_host_groups(options, shape)
+
+
+def _check_micro_batches(options: UpOptions) -> None:
+    others = {
+        f"--device {options.device}": options.device != "cpu",
+        "--compile": options.compiled,
+        "--speculate": options.speculative_tokens > 0,
+    }
+    if options.micro_batch_from is not None and (found := [name for name, is_on in others.items() if is_on]):
+        raise StartError(f"--micro-batch-from does not go with {found[0]}")
 
 
 def _check_host_groups(options: UpOptions, shape: "ModelShape") -> None:

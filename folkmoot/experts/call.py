@@ -241,7 +241,7 @@ class Call:
     def _send(self, index: int, link: Link) -> None:
         """Over TCP: hand the request to the kernel. A host that takes no bytes is late as one that sends none."""
         config = self.owner.config
-        late_s, stalled_s = self._allowed_s(link, config.hedge_s), self._allowed_s(link, config.stall_s)
+        late_s, stalled_s = self._allowed_s(link, config.late_s), self._allowed_s(link, config.stall_s)
         try:
             if link.send(late_s):
                 return
@@ -288,7 +288,7 @@ class Call:
             for i in waiting:
                 self._fail(links[i], deadline.stalled(links[i].raw.header.pairs, config.call_timeout_s))
             return set()
-        late = self._overdue(links, waiting, waited, min(config.hedge_s, config.stall_s))
+        late = self._overdue(links, waiting, waited, config.late_s)
         for i in [i for i in late if self._replaceable(i, late)]:
             self._set_aside(links[i], waited.recent_s, self._allowed_s(links[i], config.stall_s))
             waiting.discard(i)
@@ -305,7 +305,7 @@ class Call:
         states = [link.raw.state for link in used.links]
         waiting = (link for link, state in zip(used.links, states, strict=True) if state == native.WAITING)
         config = self.owner.config
-        graces_s = (config.hedge_s, config.stall_s)
+        graces_s = (config.late_s, config.stall_s)
         left_s = (self._allowed_s(link, grace_s) - waited.recent_s for link in waiting for grace_s in graces_s)
         return deadline.next_look_s(left_s, is_one_done=native.DONE in states)
 

@@ -34,6 +34,8 @@ class DispatchConfig:
     """and at the latest by then"""
     no_replica_timeout_s: float = 60.0
     """how long a layer waits for a new map when an expert has no live replica; then the running requests end"""
+    micro_batches: bool = False
+    """whether two halves of a step may be under way at once"""
     connect_timeout_s: float = 5.0
     yield_us: int = 40
     """how long to yield the core before blocking; never spins"""
@@ -45,6 +47,11 @@ class DispatchConfig:
     """what visiting one more expert costs a host, in rows: its weights have to be read"""
     far_cost: int = 16
     """what asking a host of another node costs more than one of this node, in rows: near replicas are taken first"""
+
+    @property
+    def late_s(self) -> float:
+        """Beyond its usual pace, what makes a host late."""
+        return min(self.hedge_s, self.stall_s)
 
     @staticmethod
     def from_json(text: str) -> "DispatchConfig":

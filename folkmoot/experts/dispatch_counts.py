@@ -1,5 +1,6 @@
 """What a dispatcher has done since its start: plain numbers of the thread that runs the model."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,3 +31,13 @@ class DispatchCounts:
     def to_json(self) -> dict[str, Any]:
         """A copy, as JSON data. Any thread may call."""
         return {**asdict(self), "host_s": dict(self.host_s)}
+
+
+def summed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Two counts by name, or counts of such counts, added up."""
+    return {
+        name: summed(a.get(name, {}), b.get(name, {}))
+        if isinstance(a.get(name, b.get(name)), Mapping)
+        else a.get(name, 0) + b.get(name, 0)
+        for name in {**a, **b}
+    }

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from folkmoot.experts import cores, doubt, links, native, secret
+from folkmoot.experts import cores, doubt, links, native, secret, turns
 from folkmoot.experts.call import Call
 from folkmoot.experts.deadline import SLICE_S, Waited, measured, stalled
 from folkmoot.experts.dispatch_config import ENVIRONMENT, DispatchConfig, DispatchError
-from folkmoot.experts.dispatch_counts import DispatchCounts
+from folkmoot.experts.dispatch_counts import DispatchCounts, summed
 from folkmoot.experts.expert_map import ExpertMap, HostAddress, NoReplicaError
 from folkmoot.experts.expert_rows import ExpertRows
 from folkmoot.experts.feed import MapFeed, read_map
@@ -76,8 +76,9 @@ class Aside:
 class Dispatcher:
     """Serves one forward pass at a time; maps may arrive meanwhile from the feed's thread."""
 
-    def __init__(self, config: DispatchConfig, *, fused: bool = True) -> None:
-        """`fused`: whether rows are added by fused multiply-adds; else each product is rounded first."""
+    def __init__(self, config: DispatchConfig, *, fused: bool = True, beside: "Dispatcher | None" = None) -> None:
+        """`fused`: whether rows are added by fused multiply-adds; else each product is rounded first. `beside`: another
+        one of the same engine, which shares its maps and its feed with this one and counts what it does."""
         self.config = config
         self.fused = fused
         self.incarnation = time.time_ns()
@@ -101,11 +102,22 @@ class Dispatcher:
         self._layer, self._is_abandoned = -1, False
         self._in_call = False  # whether a forward pass may wait on a link; set under the lock
         self._feed: MapFeed | None = None
-        if config.map_path is not None:
+        self._others: list[Dispatcher] = []
+        if beside is not None:
+            self._feed = beside._feed
+            beside._join(self)
+        elif config.map_path is not None:
             self.use_map(read_map(config.map_path))
         elif config.feed is not None:
             answers = {"rows": lambda: self.expert_rows().to_json(), "counts": self._count}
             self._feed = MapFeed(config.feed, self.use_map, answers)
+
+    def _join(self, other: "Dispatcher") -> None:
+        with self._changed:
+            self._others.append(other)
+            latest = self._latest
+        if latest is not None:
+            other.use_map(latest)
 
     @staticmethod
     def from_env(*, fused: bool = True) -> "Dispatcher":
@@ -129,21 +141,31 @@ class Dispatcher:
             missing = self._keep_links(expert_map) if shape is not None else []
             if not self._in_call:
                 self._close_retired()
+            others = tuple(self._others)
+        for other in others:
+            other.use_map(expert_map)
         if shape is not None:
             self._connect_all(missing, shape)
 
     def expert_rows(self) -> ExpertRows:
         """Rows that each logical expert has had so far. Any thread may call."""
-        return ExpertRows.of(dict(self._served))
+        served = dict(self._served)
+        for other in self._others:
+            for layer, rows in dict(other._served).items():
+                served[layer] = served[layer] + rows if layer in served else rows
+        return ExpertRows.of(served)
 
     def _count(self) -> dict[str, Any]:
         """For metrics, in JSON data. Any thread may call."""
         tally = self.not_finite
         verdicts = {"confirmed": tally.confirmed, "refuted": tally.refuted, "alone": tally.alone}
-        return {**self.counts.to_json(), "host_rows": dict(self.rows_served), "not_finite": verdicts}
+        own = {**self.counts.to_json(), "host_rows": dict(self.rows_served), "not_finite": verdicts}
+        return functools.reduce(summed, (other._count() for other in self._others), own)
 
     def close(self) -> None:
         """Close all links and the feed."""
+        for other in self._others:
+            other.close()
         if self._feed is not None:
             self._feed.close()
         with self._changed:
@@ -210,6 +232,8 @@ class Dispatcher:
         try:
             left = call.post()
             shared_out = shared() if shared is not None else None
+            if left:
+                turns.give_way()
             while left:
                 call.wait()
                 left = call.post()

@@ -25,4 +25,9 @@ def _dispatcher_from_environment() -> "Dispatch":
     from folkmoot.experts.dispatcher import Dispatcher
     from folkmoot.experts.vllm_api import fuses_multiply_add
 
-    return Dispatcher.from_env(fused=fuses_multiply_add())
+    first = Dispatcher.from_env(fused=fuses_multiply_add())
+    if not first.config.micro_batches:
+        return first
+    from folkmoot.experts.alternating import Alternating
+
+    return Alternating(first)

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from folkmoot.cluster import bench, cli_up, status_view
 from folkmoot.cluster.cli import main
 from folkmoot.cluster.state_file import AlreadyRunning, ClusterState, StateFolder
-from folkmoot.cluster.up_options import StartError, UpOptions, num_hosts_and_replicas, openmp_of
+from folkmoot.cluster.up_options import StartError, UpOptions, check_experts, num_hosts_and_replicas, openmp_of
+from folkmoot.experts.vllm_api import ModelShape
 from folkmoot.gateway.api_keys import KEY
 from folkmoot.gateway.embedded import EmbeddedStore
 from tests.cluster.conftest import Cluster, eventually, processes_of
@@ -112,6 +113,20 @@ def test_replicas_that_cost_no_memory_are_the_default(options: dict[str, Any], e
 def test_weights_are_not_shared_on_a_gpu() -> None:
     with pytest.raises(StartError, match="needs --device cpu, not cuda"):
         num_hosts_and_replicas(UpOptions("model", device="cuda", share_weights=True), num_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"device": "cuda", "share_weights": False}, "--device cuda"),
+        ({"compiled": True}, "--compile"),
+        ({"speculative_tokens": 2}, "--speculate"),
+    ],
+)
+def test_micro_batches_are_refused_beside(options: dict[str, Any], found: str) -> None:
+    shape = ModelShape("MixtralForCausalLM", 2, (0, 1), 8, 2, 64, "bfloat16", 1 << 20)
+    with pytest.raises(StartError, match=f"--micro-batch-from does not go with {found}"):
+        check_experts(UpOptions("model", micro_batch_from=4, **options), Path("model"), shape)
 
 
 def test_openmps_workers_spin_only_where_there_is_one_engine_and_long_where_cores_are_its_own() -> None:

@@ -51,8 +51,8 @@ class Bench:
             "device": "cpu", "max_model_len": 512, "max_num_seqs": 8, "max_batch_seqs": None,
             "batch_rows": 1, "batch_prompt_tokens": 256, "seed": 0, "kv_cache_gib": 0.1,
             "batch_invariant": None, "prefix_caching": True, "compiled": False, "speculative_tokens": 0,
-            "prefill_chunk": None,
-            "transport": "auto", "combine": "rows", "background_workers": False, "stall_s": 1.0,
+            "prefill_chunk": None, "micro_batch_from": None,
+            "transport": "auto", "combine": "rows", "background_workers": False, "hedge_s": 0.05, "stall_s": 1.0,
             "no_replica_timeout_s": PATIENCE_S, "grace_s": 1.0, "metrics_dir": None,
             "secret_file": str(secret.keep(self.folder / "secret")),
         }  # fmt: skip

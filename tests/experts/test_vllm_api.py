@@ -217,7 +217,9 @@ def test_an_engines_speed_ups_change_no_token(runs: Runs, folders: Path) -> None
     assert chunked["most_tokens"] <= 48 < 160, "prompts were cut"
     cached = runs.ask("sped_up", checkpoint=mixtral, enable_prefix_caching=True)
     assert cached["cached"] >= 3 * 128
-    for fast in (chunked, cached):
+    halved = runs.ask("sped_up", checkpoint=mixtral, micro_batch_from=2, enable_prefix_caching=True)
+    assert set(plain["parts"]) == {0} and halved["parts"].count(1) >= 2 * (halved["steps"] - 1), "steps were split"
+    for fast in (chunked, cached, halved):
         assert fast["alone"] == fast["together"] == plain["alone"]
     greedy = runs.ask("sped_up", checkpoint=mixtral, seeded=False)
     guessed = runs.ask("sped_up", checkpoint=mixtral, seeded=False, speculative_config=NGRAM)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from folkmoot.cluster import replay
-from folkmoot.experts import vllm_api
+from folkmoot.experts import turns, vllm_api
 from folkmoot.experts.expert_choice import KINDS
 from folkmoot.experts.quantise_cache import ExpertCache
 from folkmoot.experts.vllm_api import lanes
 from folkmoot.experts.vllm_api.checkpoint import identity
+from folkmoot.experts.vllm_api.engine import current_dispatcher
 from folkmoot.experts.vllm_api.runtime import register_eagerly
 
 NUM_TOKENS = 32
@@ -42,6 +43,8 @@ class InProcessDispatcher:
         self.hosts = hosts
         self.slots = slots
         self.calls = 0
+        self.parts: list[int] = []
+        """of a step's micro-batches, the one of each call"""
 
     def forward(
         self,
@@ -52,6 +55,7 @@ class InProcessDispatcher:
         shared: Callable[[], torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.calls += 1
+        self.parts.append(turns.number())
         top_k = topk_ids.shape[1]
         pairs = x.repeat_interleave(top_k, dim=0)
         rows = torch.full_like(pairs, float("nan"))
@@ -62,6 +66,7 @@ class InProcessDispatcher:
                 ids = torch.full((len(mine),), slot, dtype=torch.int32)
                 rows[mine] = host.layers[layer](pairs[mine], ids)
         shared_out = shared() if shared else None
+        turns.give_way()
         return combine(rows.view(len(x), top_k, -1), topk_weights), shared_out
 
 
@@ -187,8 +192,8 @@ def two_lanes(checkpoint: str, batch_rows: int, near_s: float = 60.0, **limits: 
 def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str, Any]:
     """Four requests whose prompts of 160 tokens begin alike, one after the other and then all at once, by an engine
     with these speed-ups and one expert host. Tokens of each, steps of the second time, most tokens that one step
-    computed, and tokens of prompts that were found in the cache. Every second request is seeded sampling; or all are
-    greedy, of three tokens."""
+    computed, tokens of prompts that were found in the cache, and the micro-batch of each layer call. Every second
+    request is seeded sampling; or all are greedy, of three tokens."""
     engine = _sped_up_engine(checkpoint, arguments)
     sizes = _step_sizes(engine)
     tokens: dict[str, list[int]] = {}
@@ -213,6 +218,7 @@ def sped_up(checkpoint: str, seeded: bool = True, **arguments: Any) -> dict[str,
         "steps": len([size for size in sizes if size]),
         "most_tokens": max(sizes),
         "cached": cached,
+        "parts": current_dispatcher().parts,
     }
 
 
@@ -253,6 +259,8 @@ def _sped_up_engine(checkpoint: str, arguments: dict[str, Any]) -> Any:
     vllm_api.install(lambda: dispatcher)
     vllm_api.allow_chunks()
     arguments = {"dtype": "float32", "enable_chunked_prefill": False, "enable_prefix_caching": False, **arguments}
+    if (least_requests := arguments.pop("micro_batch_from", None)) is not None:
+        vllm_api.use_micro_batches(least_requests)
     config = EngineArgs(
         checkpoint, enforce_eager=True, max_model_len=256, max_num_seqs=4,
         kv_cache_memory_bytes=1 << 26, seed=0, **arguments,

@@ -13,6 +13,7 @@ parent that forks either. Each name is imported when it is first used, because i
     quantised.py   host side: experts that are quantised while they are loaded, and our own kernels
     engine.py      engine side: routed experts that hold nothing and call a dispatcher
     chunks.py      prompts computed in chunks on a CPU
+    micro.py       steps split in two halves that take turns
     lanes.py       a scheduler in which batch requests step back for interactive ones
     rounding.py    how vLLM's kernel rounds where it adds the rows of a token's experts
     traces.py      vLLM's own spans
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from folkmoot.experts.vllm_api.imports import preimport
     from folkmoot.experts.vllm_api.invariance import batch_invariance
     from folkmoot.experts.vllm_api.lanes import Lanes, use_two_lanes
+    from folkmoot.experts.vllm_api.micro import use_micro_batches
     from folkmoot.experts.vllm_api.private import VLLM_VERSION, broken_names
     from folkmoot.experts.vllm_api.quantised import measure_errors
     from folkmoot.experts.vllm_api.rounding import fuses_multiply_add
@@ -53,6 +55,7 @@ _HOME = {
     "preimport": "imports",
     "fuses_multiply_add": "rounding",
     "trace_requests": "traces",
+    "use_micro_batches": "micro",
 }
 
 __all__ = [
@@ -73,6 +76,7 @@ __all__ = [
     "measure_errors",
     "preimport",
     "trace_requests",
+    "use_micro_batches",
     "use_two_lanes",
 ]
 

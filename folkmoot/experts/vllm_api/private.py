@@ -144,6 +144,22 @@ PRIVATE_NAMES = (
     ),
     PrivateName("vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens", ("grammar_output",)),
     PrivateName("vllm.v1.worker.cpu_model_runner.CPUModelRunner", members=("discard_request_mask", "input_batch")),
+    PrivateName("vllm.v1.worker.cpu_model_runner.CPUModelRunner.__init__", ("vllm_config", "device")),
+    PrivateName(
+        "vllm.v1.worker.cpu_model_runner.CPUModelRunner._determine_batch_execution_and_padding",
+        ("num_reqs", "allow_microbatching"),
+    ),
+    PrivateName(
+        "vllm.v1.worker.cpu_model_runner.CPUModelRunner._model_forward",
+        ("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+    ),
+    PrivateName("vllm.config.ParallelConfig", members=("ubatch_size", "num_ubatches", "use_ubatching")),
+    PrivateName("vllm.forward_context.create_forward_context", ("attn_metadata", "vllm_config", "slot_mapping")),
+    PrivateName(
+        "vllm.forward_context.ForwardContext",
+        members=("attn_metadata", "slot_mapping", "ubatch_slices", "is_padding"),
+    ),
+    PrivateName("vllm.forward_context.override_forward_context", ("forward_context",)),
     PrivateName("vllm.v1.worker.gpu_input_batch.InputBatch", members=("generators", "num_reqs")),
     PrivateName("vllm.v1.engine.async_llm.AsyncLLM", members=("observability_config", "output_processor")),
     PrivateName("vllm.v1.engine.output_processor.OutputProcessor", members=("tracing_enabled",)),
