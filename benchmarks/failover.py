@@ -208,6 +208,7 @@ def figures_of(outcomes: Sequence[Outcome]) -> dict[str, object]:
     if stalled := [t for o in outcomes for t in o.trials if t.key == "stalled_host" and t.gaps_s]:
         over = max(max(t.gaps_s) - t.deadline_s for t in stalled)
         figures["stalled_host_gap_over_deadline_ms"] = max(0.0, 1e3 * over)
+        figures["stalled_host_gap_ms"] = max(1e3 * max(t.gaps_s) for t in stalled)
     if hosts := [t for o in outcomes for t in o.trials if t.key == "dead_host"]:
         figures["undisturbed_gap_p99_ms"] = 1e3 * percentile([g for t in hosts for g in t.undisturbed_gaps_s], 99)
         figures["throughput_retained"] = _kept(hosts)
