@@ -34,7 +34,10 @@ from benchmarks.load import TIMEOUT_S, Answer, Faults, Question
 from folkmoot.experts import warm
 from folkmoot.gateway.client import AsyncClient, FolkmootError
 
-OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--engines", "2", "--hosts", "3", "--replicas", "2")
+OPTIONS = (
+    *("--dtype", "float32", "--max-model-len", "512", "--engines", "2", "--hosts", "3", "--replicas", "2"),
+    *("--micro-batch-from", "3"),
+)
 FAULT_EVERY_S = 4.0
 RETRY_FAULT_S = 60.0
 """How long to wait for a process to break, where all of a role are just being brought back."""

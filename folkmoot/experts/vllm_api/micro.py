@@ -5,6 +5,7 @@ knows when a step must stay whole, since one half would read what the other one 
 a CPU, and the halves take turns on one thread (folkmoot.experts.turns): each gives way once its rows are posted.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -31,8 +32,10 @@ def use_micro_batches(least_requests: int) -> None:
     """From now on, engines that this process runs or forks split steps of at least so many requests (2 or more)."""
 
     def init(self: Any, vllm_config: VllmConfig, device: torch.device) -> None:
-        vllm_config.parallel_config.ubatch_size = MICRO_BATCHES
         _INIT(self, vllm_config, device)
+        # A copy, since vLLM checks the engine's own again, and knows micro-batches for kernels on a GPU only.
+        self.parallel_config = copy.copy(self.parallel_config)
+        self.parallel_config.ubatch_size = MICRO_BATCHES
 
     def determine(self: Any, *args: Any, allow_microbatching: bool = False, **kwargs: Any) -> Any:
         found = list(_DETERMINE(self, *args, allow_microbatching=allow_microbatching, **kwargs))
