@@ -312,6 +312,7 @@ class ExpertRouter:
         a second. It expires by itself when the router is gone."""
         queue = RequestQueue(self._store)
         while True:
+            written = self._published
             text = json.dumps(await self.status())
             can_serve = self._state.is_publishable and any(e.phase == "ready" for e in self._state.engines.values())
             try:
@@ -322,7 +323,13 @@ class ExpertRouter:
             await asyncio.sleep(STATUS_PAUSE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_EVERY_S - STATUS_PAUSE_S), self._changed:
-                    await self._changed.wait()
+                    while self._published == written:  # it may have changed in the pause, when nobody waited
+                        await self._changed.wait()
+
+    @property
+    def _published(self) -> tuple[int, bool]:
+        """What a status document is written for at once."""
+        return self._state.expert_map.version, self._state.is_publishable
 
     async def _publish_rows(self) -> None:
         """Where they or the map have changed: write the rows of each expert where gateways find them."""

@@ -18,7 +18,7 @@ from folkmoot.experts.dispatcher import Dispatcher
 from tests.experts.hosts import Hosts, expected
 from tests.experts.test_dispatcher import batch, dispatcher
 
-STALL_S, HEDGE_S = 0.4, 0.05
+STALL_S, HEDGE_S = 0.4, 0.2
 
 
 def forward(d: Dispatcher, seed: int, tokens: int = 16) -> float:
