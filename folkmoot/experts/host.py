@@ -143,10 +143,7 @@ def template(spec: dict[str, Any], control: Control) -> None:
     host = HostSpec.from_dict(spec)
     logs.set_up("template", host=host.host)
     setproctitle(f"{TEMPLATE_TITLE} {host.host}")
-    # In a thread of its own: one that has given its priority away may not take it back.
-    loading = threading.Thread(target=_load_quietly, args=(host,), name="load")
-    loading.start()
-    loading.join()
+    _quietly(_load_here, host)
     if not _loaded:
         raise RuntimeError("loading failed; the log says why")
     gc.collect()
@@ -161,9 +158,7 @@ def reserve(spec: dict[str, Any], control: Control) -> None:
     host = HostSpec.from_dict(spec)
     logs.set_up("reserve", host=host.host)
     setproctitle(f"{RESERVE_TITLE} {host.host}")
-    touching = threading.Thread(target=_touch_quietly, args=(host,), name="touch")
-    touching.start()
-    touching.join()
+    _quietly(_touch, host)
     control.send({"event": "reserve"})
     try:
         while (message := control.receive()) is None:
@@ -173,22 +168,27 @@ def reserve(spec: dict[str, Any], control: Control) -> None:
     main(message["spec"], control)
 
 
-def _load_quietly(host: HostSpec) -> None:
-    _give_way()
-    torch.set_num_threads(1)
+def _quietly(work: Callable[[HostSpec], None], host: HostSpec) -> None:
+    """Do it where nobody else wants the core, and wait. In a thread of its own: one that has given its priority away
+    may not take it back."""
+
+    def run() -> None:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        torch.set_num_threads(1)
+        work(host)
+
+    thread = threading.Thread(target=run, name="quiet")
+    thread.start()
+    thread.join()
+
+
+def _load_here(host: HostSpec) -> None:
     _loaded[_content(host)] = _load(host)
     keeper.give_back_unused()
 
 
-def _touch_quietly(host: HostSpec) -> None:
-    _give_way()
-    torch.set_num_threads(1)
+def _touch(host: HostSpec) -> None:
     host_speed.touch(_loaded[_content(host)].layers, _slots(host))
-
-
-def _give_way() -> None:
-    """Have this thread compute only where nobody else wants the core."""
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _check_alone() -> None:

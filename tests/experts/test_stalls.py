@@ -39,6 +39,18 @@ def stop(child: warm.Child) -> None:
     os.kill(child.pid, signal.SIGSTOP)
 
 
+def one_of_two_stopped(hosts: Hosts, transport: str = "shm") -> tuple[Dispatcher, warm.Child, warm.Child]:
+    """A dispatcher that has been served by two hosts and waits long before it calls one stalled, the host that has just
+    been stopped, and its replica."""
+    replica, victim = (hosts.start(name, hosts.all_layers(range(8))) for name in "ab")
+    d = dispatcher(hosts, transport=transport, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
+    for i in range(30):
+        forward(d, i)
+    assert d.rows_served.keys() == {"a", "b"}
+    stop(victim)
+    return d, victim, replica
+
+
 def is_stopped(child: warm.Child) -> bool:
     with open(f"/proc/{child.pid}/stat") as f:
         return f.read().rpartition(")")[2].split()[0] == "T"
@@ -64,12 +76,7 @@ def test_an_owner_that_does_not_read_holds_no_host_up(hosts: Hosts) -> None:
 def test_a_late_hosts_rows_are_asked_of_a_replica_until_it_has_answered(hosts: Hosts, transport: str) -> None:
     """SIGSTOP in a stream of calls: every one is exact, one of them waits, but not for the deadline of a stalled host.
     After SIGCONT the late answer is put away, and the host is asked again, over the same link."""
-    hosts.start("a", hosts.all_layers(range(8)))
-    victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, transport=transport, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
-    for i in range(30):
-        forward(d, i)
-    stop(victim)
+    d, victim, _ = one_of_two_stopped(hosts, transport)
     took_s = [forward(d, i) for i in range(30, 60)]
     assert is_stopped(victim)
     assert HEDGE_S <= max(took_s) < 60.0, "it was waited for, a little"
@@ -109,12 +116,7 @@ def test_a_stopped_host_is_dropped_at_its_deadline_and_late_rows_change_nothing(
 
 
 def test_a_late_host_that_dies_is_dropped(hosts: Hosts) -> None:
-    hosts.start("a", hosts.all_layers(range(8)))
-    victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
-    for i in range(30):
-        forward(d, i)
-    stop(victim)
+    d, victim, _ = one_of_two_stopped(hosts)
     for i in range(30, 40):
         forward(d, i)
     assert (d.counts.late_hosts, d.counts.dropped_hosts) == (1, 0)
@@ -125,12 +127,7 @@ def test_a_late_host_that_dies_is_dropped(hosts: Hosts) -> None:
 
 def test_a_late_host_is_the_last_one_that_is_left(hosts: Hosts) -> None:
     """Its replica dies while it is late: the layer waits until it has answered, and then asks it."""
-    replica = hosts.start("a", hosts.all_layers(range(8)))
-    victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
-    for i in range(30):
-        forward(d, i)
-    stop(victim)
+    d, victim, replica = one_of_two_stopped(hosts)
     forward(d, 30)
     forward(d, 31)
     assert d.counts.late_hosts == 1
@@ -145,12 +142,7 @@ def test_a_late_host_is_the_last_one_that_is_left(hosts: Hosts) -> None:
 
 def test_a_newer_map_keeps_a_late_host_aside(hosts: Hosts) -> None:
     """Neither is it connected to once more, nor asked before it has answered."""
-    hosts.start("a", hosts.all_layers(range(8)))
-    victim = hosts.start("b", hosts.all_layers(range(8)))
-    d = dispatcher(hosts, hedge_s=HEDGE_S, stall_s=60.0, call_timeout_s=60.0)
-    for i in range(30):
-        forward(d, i)
-    stop(victim)
+    d, victim, _ = one_of_two_stopped(hosts)
     forward(d, 30)
     forward(d, 31)
     rows_of_victim = d.rows_served["b"]
